@@ -1,0 +1,422 @@
+"""Views of a picture: what is drawn for each (on the host, by key) and what DALI does with it.
+
+An operation is an options class with two pure functions: `parameters` turns uniform numbers into arrays, one row a
+sample, and `nodes` turns a DALI image and those arrays into a DALI image. DALI's own random operators are never used,
+and both functions are the same for "cpu" and "gpu".
+
+Jitter and gray are linear in the pixel x and in the mean m of its picture: x -> A x + B m, with 3 x 3 matrices A and B.
+Products of such maps are such maps, so consecutive ones become ONE pass over the picture, whatever their order:
+(A2, B2) after (A1, B1) is (A2 A1, A2 B1 + B2 (A1 + B1)). The reference (torchvision on PIL) clips to 0..255 after each
+operation; this clips once, after the product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from ssl_pipeline import config
+from ssl_pipeline.data import randomness
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+GRAY = np.array([0.299, 0.587, 0.114])
+"""Weights of ITU-R 601-2, as PIL's convert("L")."""
+
+
+def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + (high - low) * u
+
+
+class Operation(config.Options):
+    """One step of a view."""
+
+    draws: ClassVar[int] = 0
+    """Uniform numbers used for each sample."""
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        """Arrays of N rows from uniform numbers u (N, draws), for pictures of `sizes` (N, 2: height, width)."""
+        return []
+
+    def output_sizes(self, sizes: np.ndarray, size: int) -> np.ndarray:
+        """Heights and widths after this step, (N, 2)."""
+        return sizes
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        """The DALI graph of this step on uint8 images (H, W, 3)."""
+        raise AssertionError(f"{type(self).__name__} is applied as part of a linear map")
+
+
+class _Resize(Operation):
+    """A box of the picture, resampled to size x size with an antialiased bicubic or bilinear filter."""
+
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def output_sizes(self, sizes: np.ndarray, size: int) -> np.ndarray:
+        return np.full_like(sizes, size)
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn, types
+
+        filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+        start, end = arguments
+        return fn.resize(
+            images,
+            roi_start=start,
+            roi_end=end,
+            size=[size, size],
+            interp_type=filters[self.interpolation],
+            antialias=True,
+        )
+
+
+class CropResize(_Resize):
+    """Random resized crop, by torchvision's rule: ten attempts at a box of random area and aspect, else the centre.
+
+    Source: pytorch/vision torchvision/transforms/transforms.py:RandomResizedCrop.get_params.
+    """
+
+    op: Literal["crop_resize"]
+    scale: Range = (0.08, 1.0)
+    """Area of the box as a share of the picture's."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of the box."""
+
+    draws: ClassVar[int] = 22
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: Range) -> Range:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("two numbers above 0 are needed, the smaller one first")
+        return value
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
+        area = _between(u[:, 0:10], *self.scale) * height * width
+        aspect = np.exp(_between(u[:, 10:20], math.log(self.ratio[0]), math.log(self.ratio[1])))
+        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        rows = np.arange(len(u))
+        first = fits.argmax(axis=1)
+        h, w = h[rows, first], w[rows, first]
+        height, width = height[:, 0], width[:, 0]
+        top = np.floor(u[:, 20] * (height - h + 1))
+        left = np.floor(u[:, 21] * (width - w + 1))
+        # No attempt fitted: the largest centred box within the bounds of the aspect.
+        low, high = self.ratio
+        narrow, wide = width / height < low, width / height > high
+        h0 = np.where(narrow, np.rint(width / low), height)
+        w0 = np.where(wide, np.rint(height * high), width)
+        fitted = fits.any(axis=1)
+        h, w = np.where(fitted, h, h0), np.where(fitted, w, w0)
+        top = np.where(fitted, top, np.floor((height - h) / 2))
+        left = np.where(fitted, left, np.floor((width - w) / 2))
+        start = np.stack([top, left], axis=1).astype(np.float32)
+        return [start, start + np.stack([h, w], axis=1).astype(np.float32)]
+
+
+class CenterCrop(_Resize):
+    """The evaluation's crop: shorter side to `resize` pixels, then the central size x size square, in one resampling."""
+
+    op: Literal["center_crop"]
+    resize: int = Field(256, gt=0)
+    """Length of the shorter side, in pixels, before the crop."""
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        side = sizes.min(axis=1, keepdims=True) * (size / self.resize)
+        start = (sizes - side) / 2
+        return [start.astype(np.float32), (start + side).astype(np.float32)]
+
+
+class Affine(Operation):
+    """Rotation, shift and scale about the centre, bilinear, black outside."""
+
+    op: Literal["affine"]
+    degrees: float = Field(0.0, ge=0, le=180)
+    """The angle is uniform in +- degrees."""
+    translate: float = Field(0.0, ge=0, lt=1)
+    """Each shift is uniform in +- translate times the side."""
+    scale: Range = (1.0, 1.0)
+
+    draws: ClassVar[int] = 4
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        angle = np.deg2rad(_between(u[:, 0], -self.degrees, self.degrees))
+        zoom = _between(u[:, 1], *self.scale)
+        shift = _between(u[:, 2:4], -self.translate, self.translate) * sizes[:, ::-1]
+        centre = sizes[:, ::-1] / 2  # (x, y)
+        # DALI's matrix maps an output point p to the input point it shows: R^-1 (p - centre - shift) / zoom + centre.
+        cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
+        inverse = np.stack([np.stack([cosine, sine], -1), np.stack([-sine, cosine], -1)], axis=1)
+        offset = centre - np.einsum("nij,nj->ni", inverse, centre + shift)
+        return [np.concatenate([inverse, offset[..., None]], axis=2).astype(np.float32)]
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn, types
+
+        return fn.warp_affine(images, matrix=arguments[0], fill_value=0, interp_type=types.INTERP_LINEAR)
+
+
+class Flip(Operation):
+    """Horizontal flip."""
+
+    op: Literal["flip"]
+    probability: Probability = 0.5
+
+    draws: ClassVar[int] = 1
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        return [(u[:, 0] < self.probability).astype(np.int32)]
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn
+
+        return fn.flip(images, horizontal=arguments[0])
+
+
+class Blur(Operation):
+    """Gaussian blur with sigma uniform in `sigma` pixels; the window is the odd number of pixels that covers 6 sigma."""
+
+    op: Literal["blur"]
+    probability: Probability = 0.5
+    sigma: Range = (0.1, 2.0)
+
+    draws: ClassVar[int] = 2
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        sigma = _between(u[:, 1], *self.sigma)
+        # A window of one pixel is the identity: DALI then copies.
+        window = np.where(u[:, 0] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
+        return [sigma.astype(np.float32), window.astype(np.int32)]
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn
+
+        sigma, window = arguments
+        return fn.gaussian_blur(images, sigma=sigma, window_size=window)
+
+
+class Solarize(Operation):
+    """Pixels of 128 and above become 255 - x, which is min(x, 255 - x)."""
+
+    op: Literal["solarize"]
+    probability: Probability = 0.2
+
+    draws: ClassVar[int] = 1
+
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+        # min(x, 511 - x) is x for every byte: a picture that is not solarized takes the same path, without a branch.
+        return [np.where(u[:, 0] < self.probability, 255, 511).astype(np.int16)]
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn, math, types
+
+        wide = fn.cast(images, dtype=types.INT16)
+        top = arguments[0].gpu() if images.device == "gpu" else arguments[0]
+        return fn.cast(math.min(wide, top - wide), dtype=types.UINT8)
+
+
+class _Linear(Operation):
+    """An operation x -> A x + B m of the pixel x and the mean m of its picture."""
+
+    def matrices(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A and B, each (N, 3, 3)."""
+        raise NotImplementedError
+
+
+def _gray_mix(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """factor * x + (1 - factor) * gray(x): saturation, and gray at factor 0."""
+    gray = np.broadcast_to(GRAY, (3, 3))
+    a = factor[:, None, None] * np.eye(3) + (1 - factor)[:, None, None] * gray
+    return a, np.zeros_like(a)
+
+
+# RGB -> YIQ, in which a change of hue is a rotation of the plane (I, Q).
+_YIQ = np.array([GRAY, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+_RGB = np.linalg.inv(_YIQ)
+
+
+def _hue(shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A turn of the hue by `shift` of a full circle."""
+    angle = -2 * np.pi * shift
+    rotation = np.zeros((len(shift), 3, 3))
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = np.cos(angle)
+    rotation[:, 1, 2] = -np.sin(angle)
+    rotation[:, 2, 1] = np.sin(angle)
+    a = _RGB @ rotation @ _YIQ
+    return a, np.zeros_like(a)
+
+
+class Jitter(_Linear):
+    """Colour jitter in one of the 24 orders, by torchvision's ranges: each factor is uniform in 1 +- its option.
+
+    Contrast is about the mean gray of the picture; hue is a rotation in YIQ where the reference rotates in HSV.
+    Source: pytorch/vision torchvision/transforms/transforms.py:ColorJitter.
+    """
+
+    op: Literal["jitter"]
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.4, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Half-width of the shift, as a share of the colour circle."""
+    probability: Probability = 0.8
+
+    draws: ClassVar[int] = 6
+
+    def matrices(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        count = len(u)
+        brightness = _between(u[:, 1], max(0.0, 1 - self.brightness), 1 + self.brightness)
+        contrast = _between(u[:, 2], max(0.0, 1 - self.contrast), 1 + self.contrast)
+        saturation = _between(u[:, 3], max(0.0, 1 - self.saturation), 1 + self.saturation)
+        identity = np.broadcast_to(np.eye(3), (count, 3, 3))
+        gray = np.broadcast_to(GRAY, (3, 3))
+        steps = [
+            (brightness[:, None, None] * identity, np.zeros((count, 3, 3))),
+            (contrast[:, None, None] * identity, (1 - contrast)[:, None, None] * gray),
+            _gray_mix(saturation),
+            _hue(_between(u[:, 4], -self.hue, self.hue)),
+        ]
+        a, b = (np.stack(parts, axis=1) for parts in zip(*steps, strict=True))  # (N, 4, 3, 3)
+        order = _ORDERS[np.minimum((u[:, 5] * 24).astype(int), 23)]
+        rows = np.arange(count)
+        whole = identity.copy(), np.zeros((count, 3, 3))
+        for place in range(4):
+            whole = _compose((a[rows, order[:, place]], b[rows, order[:, place]]), whole)
+        applied = (u[:, 0] < self.probability)[:, None, None]
+        return np.where(applied, whole[0], identity), np.where(applied, whole[1], 0.0)
+
+
+_ORDERS = np.array(
+    [[a, b, c, 6 - a - b - c] for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+)
+
+
+class Gray(_Linear):
+    """The picture in three equal channels of its luma."""
+
+    op: Literal["gray"]
+    probability: Probability = 0.2
+
+    draws: ClassVar[int] = 1
+
+    def matrices(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _gray_mix(np.where(u[:, 0] < self.probability, 0.0, 1.0))
+
+
+def _compose(
+    second: tuple[np.ndarray, np.ndarray], first: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    (a2, b2), (a1, b1) = second, first
+    return a2 @ a1, a2 @ b1 + b2 @ (a1 + b1)
+
+
+class Normalize(Operation):
+    """(x / 255 - mean) / std, to float32 of layout (3, S, S). Every view ends with it."""
+
+    op: Literal["normalize"]
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
+        from nvidia.dali import fn, types
+
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * m for m in self.mean],
+            std=[255 * s for s in self.std],
+        )
+
+
+AnyOperation = Annotated[
+    CropResize | CenterCrop | Affine | Flip | Jitter | Gray | Blur | Solarize | Normalize, Field(discriminator="op")
+]
+
+
+class ViewSpec(config.Options):
+    """`count` views of a picture, each size x size, made by the operations in order with draws of their own."""
+
+    count: int = Field(1, ge=1)
+    size: int = Field(gt=0)
+    """Side of the view, in pixels."""
+    ops: list[AnyOperation]
+
+    @field_validator("ops")
+    @classmethod
+    def _ends_normalized(cls, ops: list[Operation]) -> list[Operation]:
+        if not ops or not isinstance(ops[-1], Normalize) or any(isinstance(op, Normalize) for op in ops[:-1]):
+            raise ValueError("a view's list of operations ends with its one `op: normalize`")
+        return ops
+
+    @property
+    def normalize(self) -> Normalize:
+        """The last operation."""
+        last = self.ops[-1]
+        assert isinstance(last, Normalize)
+        return last
+
+    def parameters(self, seed: int, epoch: int, samples: np.ndarray, view: int, sizes: np.ndarray) -> list[np.ndarray]:
+        """All arrays of one view, in the order in which `nodes` takes them.
+
+        `samples` (N,) are ids, `view` is the view's place among all views of a picture, `sizes` (N, 2) the heights and
+        widths of the decoded pictures.
+        """
+        u = randomness.uniforms(seed, epoch, samples, view, sum(op.draws for op in self.ops))
+        arrays: list[np.ndarray] = []
+        place = 0
+        for group in self._groups():
+            if isinstance(group[0], _Linear):
+                whole = None
+                for op in group:
+                    assert isinstance(op, _Linear)
+                    step = op.matrices(u[:, place : place + op.draws])
+                    whole = step if whole is None else _compose(step, whole)
+                    place += op.draws
+                assert whole is not None
+                arrays += [part.astype(np.float32) for part in whole]
+            else:
+                (op,) = group
+                arrays += op.parameters(u[:, place : place + op.draws], sizes, self.size)
+                sizes = op.output_sizes(sizes, self.size)
+                place += op.draws
+        return arrays
+
+    def nodes(self, images: Any, arguments: Sequence[Any]) -> Any:
+        """The DALI graph from decoded uint8 images (H, W, 3) to float32 views (3, S, S)."""
+        left = list(arguments)
+        for group in self._groups():
+            if isinstance(group[0], _Linear):
+                images = _linear_nodes(images, left.pop(0), left.pop(0))
+            else:
+                taken = len(group[0].parameters(np.zeros((1, group[0].draws)), np.ones((1, 2)), self.size))
+                images = group[0].nodes(images, left[:taken], self.size)
+                left = left[taken:]
+        return images
+
+    def _groups(self) -> list[list[Operation]]:
+        """The operations, with consecutive linear ones together."""
+        groups: list[list[Operation]] = []
+        for op in self.ops:
+            if groups and isinstance(op, _Linear) and isinstance(groups[-1][0], _Linear):
+                groups[-1].append(op)
+            else:
+                groups.append([op])
+        return groups
+
+
+def _linear_nodes(images: Any, a: Any, b: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
+    # Added, not given as coord_transform's T: that argument must lie on the host, where a GPU's mean is not.
+    mapped = fn.coord_transform(images, M=a) + fn.coord_transform(mean, M=b)
+    return fn.cast(mapped, dtype=types.UINT8)

@@ -1,0 +1,348 @@
+"""Batches of augmented views: the host reads bytes and draws parameters by key, DALI decodes once and makes the views.
+
+The order of epoch e is a permutation keyed by (seed, e); of each global batch, rank r takes every W-th place. What a
+loader must remember is therefore (epoch, global samples consumed, unreadable ids): the same numbers on every rank.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline import config
+from ssl_pipeline.data import randomness
+from ssl_pipeline.data.augment import ViewSpec
+from ssl_pipeline.data.index import Index
+from ssl_pipeline.distributed import World
+from ssl_pipeline.exits import BadInput
+
+log = logging.getLogger("ssl_pipeline")
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
+"""What DALI decodes, by PIL's names."""
+
+
+class Options(config.Options):
+    """What to train on."""
+
+    root: Path
+    """Folder with train/<class>/<picture> and val/<class>/<picture>."""
+    views: list[ViewSpec] = Field(min_length=1)
+    """The training views of each picture."""
+    evaluation_view: ViewSpec
+    """The one un-augmented view for k-nn and linear probe."""
+    batch_size: int = Field(gt=0)
+    """Pictures in a step, over all ranks."""
+    threads: int | None = Field(None, gt=0)
+    """DALI threads a rank; by default the node's cores over its ranks."""
+    readers: int = Field(4, gt=0)
+    """Files read at a time, a rank. More hide the latency of a network file system."""
+    prefetch: int = Field(2, gt=0)
+    """Batches made ahead, a rank."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable pictures at which a run stops."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N pictures of this rank, on its device."""
+
+    views: list[Tensor]
+    """V tensors (N, 3, S, S), float32."""
+    labels: Tensor
+    """(N,) int64."""
+    ids: np.ndarray
+    """(N,) int64: which samples these are, after replacement of unreadable ones. On the host."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One batch as the host gives it to DALI."""
+
+    ids: np.ndarray
+    arrays: list[Any]
+
+
+def picture_size(data: np.ndarray) -> tuple[int, int]:
+    """(height, width) from the header of an encoded picture. Raises ValueError saying why it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+    except Exception as error:  # PIL raises many types on damaged headers; all mean the same here
+        raise ValueError(f"no picture: {type(error).__name__}" if len(data) else "the file is empty") from None
+    return height, width
+
+
+def _threads(options_threads: int | None, world: World) -> int:
+    return options_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+
+
+def require_dali() -> None:
+    """Raises BadInput with the way out where DALI is missing."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        raise BadInput(
+            "NVIDIA DALI is not installed: `pip install 'ssl-pipeline[cuda13]'` for drivers of CUDA 13 and for machines "
+            "without a GPU, `pip install 'ssl-pipeline[cuda12]'` for drivers of CUDA 12"
+        ) from None
+
+
+class Loader:
+    """An endless sequence of epochs; `for batch in loader` yields the rest of the current one.
+
+    Args:
+        index: the samples.
+        views: what to make of each picture.
+        batch_size: pictures in a step, over all ranks; the world size must divide it.
+        seed: key of the order and of every augmentation parameter.
+        world: this process's place.
+        threads: DALI threads; None: the node's cores over its ranks.
+        readers: files read at a time.
+        prefetch: batches made ahead.
+        training: shuffled, incomplete last batch dropped, epoch after epoch. Otherwise: one pass in the order of the
+            ids, nothing dropped; rank r has samples r, r + W, ...
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        views: Sequence[ViewSpec],
+        batch_size: int,
+        *,
+        seed: int,
+        world: World,
+        threads: int | None = None,
+        readers: int = 4,
+        prefetch: int = 2,
+        training: bool = True,
+    ) -> None:
+        require_dali()
+        self.index = index
+        self.views = [view for view in views for _ in range(view.count)]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+        self.threads = _threads(threads, world)
+        self.prefetch = prefetch
+        self.training = training
+        self.epoch = 0
+        self.consumed = 0
+        """Samples of this epoch that all ranks together have been given."""
+        self.bad: dict[int, str] = {}
+        """Unreadable samples that this rank met, with the reason."""
+        self._bad_lock = threading.Lock()
+        self._reader_pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
+        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
+        self._order: tuple[int, np.ndarray] | None = None
+        self._pipeline: Any = None
+        self._ahead: deque[Future[_Prepared]] = deque()
+        self._inside: deque[_Prepared] = deque()
+        self._next: tuple[int, int] | None = (0, 0)
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        if self.training:
+            return len(self.index) // self.batch_size
+        return -(-len(self.index) // self.batch_size)
+
+    # ------------------------------------------------------------------------------------------------------- its state
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch lies. Equal on all ranks but for `bad`."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "bad": dict(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; what was made ahead is dropped."""
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self.bad = dict(state["bad"])
+        self._discard()
+
+    # -------------------------------------------------------------------------------------------------------- iteration
+    def __iter__(self) -> Iterator[Batch]:
+        while self.consumed // self.batch_size < len(self):
+            batch = self._take()
+            self.consumed += self.batch_size
+            yield batch
+        self.epoch, self.consumed = self.epoch + 1, 0
+
+    def _take(self) -> Batch:
+        if self._pipeline is None:
+            self._next = (self.epoch, self.consumed // self.batch_size)
+            self._pipeline = self._build()
+        try:
+            outputs = self._pipeline.run()
+        except RuntimeError as error:
+            outputs = self._without_the_undecodable(error)
+        prepared = self._inside.popleft()
+        device = self.world.device
+        views = [_to_torch(output, device) for output in outputs]
+        labels = torch.from_numpy(self.index.labels[prepared.ids])
+        if device.type != "cpu":
+            labels = labels.pin_memory().to(device, non_blocking=True)
+        return Batch(views, labels, prepared.ids)
+
+    def _build(self) -> Any:
+        from nvidia.dali import fn, pipeline_def, types
+
+        gpu = self.world.device.type == "cuda"
+        counts = [
+            len(view.parameters(0, 0, np.zeros(1, dtype=np.int64), 0, np.ones((1, 2)))) for view in self.views
+        ]
+
+        @pipeline_def(
+            batch_size=-(-self.batch_size // self.world.size),
+            num_threads=self.threads,
+            device_id=self.world.device.index if gpu else None,
+            prefetch_queue_depth=self.prefetch,
+            seed=0,  # no operator of this graph draws anything
+        )
+        def graph() -> Any:
+            inputs = fn.external_source(source=self._feed, num_outputs=1 + sum(counts), batch=True)
+            # PIL, and so every published recipe, ignores the EXIF orientation; the header's size is then the picture's.
+            images = fn.decoders.image(
+                inputs[0], device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+            )
+            outputs, place = [], 1
+            for view, count in zip(self.views, counts, strict=True):
+                outputs.append(view.nodes(images, inputs[place : place + count]))
+                place += count
+            return tuple(outputs)
+
+        for _ in range(self.prefetch):
+            self._schedule()
+        pipeline = graph()
+        pipeline.build()
+        return pipeline
+
+    def _feed(self) -> list[Any]:
+        """DALI's callback: the next batch that the host prepared."""
+        if not self._ahead:
+            raise StopIteration
+        prepared = self._ahead.popleft().result()
+        self._schedule()
+        self._inside.append(prepared)
+        return prepared.arrays
+
+    def _schedule(self) -> None:
+        if self._next is None:
+            return
+        epoch, step = self._next
+        self._ahead.append(self._assembler.submit(self._prepare, epoch, step))
+        if step + 1 < len(self):
+            self._next = (epoch, step + 1)
+        else:
+            self._next = (epoch + 1, 0) if self.training else None
+
+    def _discard(self) -> None:
+        """Forget what was made ahead."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._inside.clear()
+        self._pipeline = None
+
+    # ----------------------------------------------------------------------------------------------------- on the host
+    def ids(self, epoch: int, step: int) -> np.ndarray:
+        """Ids of this rank's samples in a step, before any replacement."""
+        if self._order is None or self._order[0] != epoch:
+            count = len(self.index)
+            self._order = (epoch, randomness.permutation(self.seed, epoch, count) if self.training else np.arange(count))
+        whole = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+        return whole[self.world.rank :: self.world.size]
+
+    def _prepare(self, epoch: int, step: int) -> _Prepared:
+        wanted = self.ids(epoch, step)
+        read = list(self._reader_pool.map(lambda sample: self._read(epoch, int(sample)), wanted))
+        ids = np.array([sample for sample, _, _ in read], dtype=np.int64)
+        sizes = np.array([size for _, _, size in read], dtype=np.int64).reshape(-1, 2)
+        arrays: list[Any] = [[data for _, data, _ in read]]
+        for place, view in enumerate(self.views):
+            # Keyed by the wanted id, not by the replacement's: a view of a good picture never depends on a bad one.
+            arrays += view.parameters(self.seed, epoch, wanted, place, sizes)
+        return _Prepared(ids, arrays)
+
+    def _read(self, epoch: int, wanted: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+        sample = wanted
+        for attempt in range(1000):
+            if sample not in self.bad:
+                try:
+                    data = self.index.read(sample)
+                    return sample, data, picture_size(data)
+                except (OSError, ValueError) as error:
+                    self._mark_bad(sample, str(error))
+            sample = randomness.replacement(self.seed, epoch, wanted, attempt, len(self.index))
+        raise BadInput(f"no readable picture in 1000 attempts under {str(self.index.root)!r}; {self.bad_summary()}")
+
+    def _mark_bad(self, sample: int, reason: str) -> None:
+        with self._bad_lock:
+            if sample in self.bad:
+                return
+            self.bad[sample] = reason
+        log.warning("unreadable picture %s: %s; another takes its place", self.index.root / self.index.paths[sample], reason)
+
+    def bad_summary(self, most: int = 20) -> str:
+        """One line with the unreadable pictures that this rank met."""
+        names = [f"{self.index.paths[sample]} ({reason})" for sample, reason in sorted(self.bad.items())[:most]]
+        more = f" and {len(self.bad) - most} more" if len(self.bad) > most else ""
+        return f"{len(self.bad)} unreadable: {', '.join(names)}{more}"
+
+    def _without_the_undecodable(self, error: RuntimeError) -> Any:
+        """After a decode error DALI's pipeline is dead and does not always name the file: find it, and build anew."""
+        suspects = list(self._inside)
+        found = False
+        for prepared in suspects:
+            for sample, data in zip(prepared.ids, prepared.arrays[0], strict=True):
+                if not decodes(data):
+                    self._mark_bad(int(sample), "DALI cannot decode it")
+                    found = True
+        if not found:
+            raise error
+        self._discard()
+        self._next = (self.epoch, self.consumed // self.batch_size)
+        self._pipeline = self._build()
+        try:
+            return self._pipeline.run()
+        except RuntimeError as again:
+            return self._without_the_undecodable(again)  # ends: each round marks at least one more file
+
+
+def decodes(data: np.ndarray) -> bool:
+    """Whether DALI decodes this picture on the CPU."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph() -> Any:
+        return fn.decoders.image(fn.external_source(source=lambda: [data], batch=True), output_type=types.RGB)
+
+    try:
+        pipeline = graph()
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _to_torch(output: Any, device: torch.device) -> Tensor:
+    """A torch tensor of DALI's output, copied, since DALI fills the same memory again."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    dense = output.as_tensor()
+    tensor = torch.empty(dense.shape(), dtype=torch.float32, device=device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    feed_ndarray(dense, tensor, cuda_stream=stream)
+    return tensor

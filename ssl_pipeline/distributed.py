@@ -1,0 +1,270 @@
+"""Ranks, and the collectives through which gradients flow.
+
+A process group always exists, so that no other file asks whether the job is distributed: without a launcher it has one
+rank. torchrun's variables and Slurm's are understood alike.
+
+The scale of gradients, once for all: the backward pass of `all_reduce_sum` and of `gather` SUMS over the ranks, and
+DistributedDataParallel then takes the mean. If each rank r computes the loss L_r, the parameters therefore receive the
+exact gradient of mean_r L_r, whether the L_r are shares of one loss (SimCLR: each rank's own anchors) or the same
+global loss computed on each rank (Barlow Twins, VICReg).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_pipeline.exits import BadInput, Status, Stop
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank, the number of ranks, the same within its node, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+
+def start(timeout: timedelta = timedelta(minutes=10)) -> World:
+    """Join the job that the environment describes (torchrun, Slurm, or alone) and return this process's place in it.
+
+    A second call in one process returns the group that is there. Raises BadInput where a node has fewer accelerators
+    than ranks.
+    """
+    rank, size, local_rank, local_size = _place()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        device = torch.device("cpu")
+    else:
+        count = torch.accelerator.device_count()
+        if local_size > count:
+            raise BadInput(f"{local_size} processes on a node with {count} accelerators; start one process an accelerator")
+        device = torch.device(accelerator.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+    if not dist.is_initialized():
+        backend = "gloo" if accelerator is None else f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+        # Without a launcher there is no address to meet at; a store in this process's own memory needs none.
+        alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore()}
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **alone)
+    return World(rank, size, local_rank, local_size, device)
+
+
+def stop() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) from torchrun's variables, else Slurm's, else one process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size))
+    # SLURM_STEP_NUM_TASKS exists inside srun only: a plain `python` in an sbatch script or salloc shell is one process.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+        # Job and step number keep two jobs, and two steps of a job, on one node apart.
+        number = int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", 0))
+        env.setdefault("MASTER_PORT", str(20000 + number % 20000))
+        local_size = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        return (
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_STEP_NUM_TASKS"]),
+            int(env["SLURM_LOCALID"]),
+            int(local_size.group()) if local_size else 1,
+        )
+    return 0, 1, 0, 1
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: `gpu[03-05,9],login1` -> `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise BadInput(f"SLURM_STEP_NODELIST = {nodes!r} holds no host name")
+    return "".join(part or "" for part in match.groups())
+
+
+def rank() -> int:
+    """This process's rank."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size()
+
+
+# --------------------------------------------------------------------------------------------------------- collectives
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        whole = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather(list(whole.chunk(dist.get_world_size())), x)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of x over all ranks; in backward, the sum of the gradients over all ranks."""
+    return _AllReduceSum.apply(x)
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, (N, ...) -> (W * N, ...); in backward, the sum over ranks of this rank's rows."""
+    return _Gather.apply(x)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of x over all ranks, without gradient."""
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def gather_values(x: Tensor) -> Tensor:
+    """x of all ranks, stacked: (...) -> (W, ...), without gradient."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of each channel of x (N, C, ...) over the whole batch of all ranks, and its count.
+
+    Differentiable. Two collectives: the variance is taken about the mean, since E[x^2] - E[x]^2 cancels in fp32. All
+    ranks must hold equally many rows.
+    """
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    count = x.numel() // x.shape[1] * dist.get_world_size()
+    mean = all_reduce_sum(x.sum(axes)) / count
+    centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
+    return mean, all_reduce_sum(centred.square().sum(axes)) / count, count
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalisation over all ranks on any device, with torch's names of parameters and buffers.
+
+    torch's own SyncBatchNorm raises on the CPU. Takes inputs (N, C) or (N, C, H, W).
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in (2, 4):
+            raise ValueError(f"expected an input of 2 or 4 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if not self.training:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        # Half-precision activations are summed in fp32, as in torch's kernels.
+        x = input if input.dtype == torch.float64 else input.float()
+        mean, variance, count = batch_statistics(x)
+        if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * (count / max(count - 1, 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        x = (x - mean.reshape(shape)) * (variance + self.eps).rsqrt().reshape(shape)
+        if self.affine:
+            x = x * self.weight.reshape(shape) + self.bias.reshape(shape)
+        return x.to(input.dtype)
+
+
+def _global_batch_norm(module: nn.Module) -> nn.Module:
+    """`module` with every batch norm replaced by `BatchNorm`; the parameters and buffers are the same objects."""
+    if isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm):
+        new = BatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        new._parameters, new._buffers, new.training = module._parameters, module._buffers, module.training
+        return new
+    for name, child in module.named_children():
+        setattr(module, name, _global_batch_norm(child))
+    return module
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with batch statistics over all ranks: torch's SyncBatchNorm on an accelerator, ours elsewhere."""
+    if dist.get_world_size() == 1:
+        return module  # one rank's batch is the whole batch: torch's fused kernel is the same, and faster
+    return _global_batch_norm(module) if device.type == "cpu" else nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` on its device, with batch norm over all ranks and gradients averaged over them.
+
+    Buffers are not broadcast: the statistics of synchronised batch norm are equal on all ranks by construction.
+    """
+    module = synchronise_batch_norm(module.to(device), device)
+    if dist.get_world_size() == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=None if device.type == "cpu" else [device.index],
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- one for all ranks
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it raises Stop on any, all ranks stop, instead of waiting for those that left."""
+    caught: Stop | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Stop as error:
+        caught = error
+    worst = torch.tensor(0 if caught is None else int(caught.status))
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if caught is not None:
+        raise caught
+    if worst.item():
+        elsewhere = Stop("")  # the rank that met the problem says what it is
+        elsewhere.status = Status(int(worst.item()))
+        raise elsewhere
+    return result  # type: ignore[return-value]

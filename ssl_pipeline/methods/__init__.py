@@ -1,0 +1,158 @@
+"""What every method is. A method is one file here; the file's name is its name; the loop never asks which one it runs.
+
+A method's file holds its `Options`, its loss as a pure function, and its class `Method` with an `objective`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline import config, sparse_head
+from ssl_pipeline.exits import BadInput
+from ssl_pipeline.head import ProjectionHead
+
+
+@dataclass
+class Output:
+    """What a step gives."""
+
+    loss: Tensor
+    """The scalar to differentiate, SparseHead's penalty included."""
+    logs: dict[str, Tensor]
+    """Scalars on the device, without gradient."""
+    features: Tensor
+    """Representations r of the first view, (N, D), detached."""
+    embeddings: Tensor
+    """Embeddings z of the first view, (N, K), detached."""
+
+
+@dataclass
+class Objective:
+    """What a method computes; the base class makes an `Output` of it."""
+
+    loss: Tensor
+    features: Tensor
+    embeddings: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ViewNeeds:
+    """Which views a method can use."""
+
+    least: int = 2
+    most: int | None = 2
+    one_size: bool = True
+
+    def check(self, name: str, sizes: Sequence[int]) -> None:
+        """Raises BadInput where views of `sizes` do not fit; `name` is the method's."""
+        if len(sizes) < self.least or (self.most is not None and len(sizes) > self.most):
+            wanted = f"{self.least}" if self.most == self.least else f"{self.least} to {self.most or 'any number of'}"
+            raise BadInput(f"{name} uses {wanted} views and data.views makes {len(sizes)}: mend the counts in data.views")
+        if self.one_size and len(set(sizes)) > 1:
+            raise BadInput(f"{name} needs views of one size and data.views makes sizes {sorted(set(sizes))}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; all numbers count from 0."""
+
+    step: int
+    steps: int
+    """Steps of the whole run."""
+    epoch: int
+    epochs: int
+
+
+class Method(nn.Module):
+    """Backbone, projection head and objective; subclasses implement `objective`.
+
+    Args:
+        options: the method's own Options.
+        backbone: images (N, 3, S, S) -> (N, D), with the attribute `num_features`.
+        head: (N, D) -> (N, K).
+    """
+
+    gradient_scale: float = 1.0
+    """Factor on the whole gradient, not on the value; 1 but for a quirk that a recipe was tuned with."""
+
+    def __init__(self, options: Any, backbone: nn.Module, head: ProjectionHead) -> None:
+        super().__init__()
+        self.options = options
+        self.backbone = backbone
+        self.head = head
+
+    @staticmethod
+    def views(options: Any) -> ViewNeeds:
+        """Which views the method can use."""
+        return ViewNeeds()
+
+    def objective(self, views: list[Tensor]) -> Objective:
+        """The method's loss of V views (N, 3, S, S)."""
+        raise NotImplementedError
+
+    def forward(self, views: list[Tensor]) -> Output:
+        """The objective and, in the weight's own precision, SparseHead's penalty on the online head."""
+        result = self.objective(views)
+        loss, logs = result.loss, {"loss": result.loss.detach(), **result.logs}
+        with torch.no_grad(), full_precision(views[0]):
+            normalized = nn.functional.normalize(upcast(result.embeddings), dim=1)
+            # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
+            logs["embedding_std"] = normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
+        if self.head.last_layer is not None and self.head.options.sparse.weight > 0:
+            with full_precision(views[0]):
+                value, sparse_logs = sparse_head.penalty(self.head.last_layer, self.head.options.sparse)
+            loss = loss + value
+            logs |= sparse_logs
+        if self.gradient_scale != 1:
+            loss = self.gradient_scale * loss + (1 - self.gradient_scale) * loss.detach()
+        return Output(loss, logs, result.features.detach(), result.embeddings.detach())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimizer: {params, name, decay, adapt, lr}.
+
+        `decay` and `adapt` say whether weight decay and LARS's adaptation apply where an optimizer excludes anything;
+        `lr` is "scheduled" or a constant rate.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        return [
+            {"params": matrices, "name": "matrices", "decay": True, "adapt": True, "lr": "scheduled"},
+            {"params": vectors, "name": "vectors", "decay": False, "adapt": False, "lr": "scheduled"},
+        ]
+
+    def before_update(self, progress: Progress) -> None:
+        """Called after backward and before the optimizer."""
+
+    def after_update(self, progress: Progress, learning_rates: dict[str, float], finite: Tensor) -> None:
+        """Called after the optimizer. `finite`, a boolean on the device, tells whether the update took place."""
+
+    def evaluated_backbone(self) -> nn.Module:
+        """What backbone.pth holds."""
+        return self.backbone
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `like`: losses are computed in fp32, or float64 if given."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32 where it is in half precision, else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method. Its name must be one of config.method_names()."""
+    return importlib.import_module(f"ssl_pipeline.methods.{name}").Method
+
+
+def build(options: config.Options, backbone: nn.Module, head: ProjectionHead) -> Method:
+    """The method that `options.name` names."""
+    return get(options.name)(options, backbone, head)  # type: ignore[attr-defined]

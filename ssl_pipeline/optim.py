@@ -1,0 +1,168 @@
+"""LARS, the optimizers by name, and learning rates as pure functions of the step.
+
+Every optimizer here runs torch's fused kernels, which take `found_inf`, a number on the device: above 0 they leave
+parameters and state bit for bit as they were. So a step with NaN or infinite gradients is skipped without the host
+ever waiting to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline import config
+
+
+class Options(config.Options):
+    """Optimizer and schedule."""
+
+    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
+    learning_rate: float = Field(0.2, gt=0)
+    """Base rate; with `scale_with_batch` it is for 256 pictures."""
+    learning_rate_1d: float | None = Field(None, gt=0)
+    """Base rate of biases and norms (0.0048 in facebookresearch/barlowtwins). None: as all others."""
+    scale_with_batch: bool = False
+    """Whether rates are multiplied by batch size / 256 (Goyal et al. 2017)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of lars and sgd."""
+    weight_decay: float = Field(1e-6, ge=0)
+    exclude_1d: bool = True
+    """Whether biases and norms go without weight decay and LARS's adaptation."""
+    trust_coefficient: float = Field(0.001, gt=0)
+    """eta of lars."""
+    schedule: Literal["cosine", "drops", "constant"] = "cosine"
+    """`cosine`: linear warm-up from 0, then a half cosine to `final_factor`. `drops`: warm-up, then constant, times
+    `drop_factor` at `drop_epochs` before the end. `constant`: warm-up, then constant."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Given instead of `warmup_epochs`."""
+    final_factor: float = Field(0.0, ge=0, le=1)
+    """Last rate of the cosine as a share of the base rate."""
+    drop_epochs: list[int] = [50, 25]
+    """Epochs before the end."""
+    drop_factor: float = Field(0.2, gt=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rates
+def warmup_cosine(step: int, steps: int, warmup: int, final_factor: float = 0.0) -> float:
+    """Share of the base rate in force during `step` (0-based).
+
+    step / warmup at first, then q + final_factor (1 - q) with q = (1 + cos(pi (step - warmup) / (steps - warmup))) / 2.
+    Source: facebookresearch/barlowtwins main.py:adjust_learning_rate; with final_factor 0, deepmind-research
+    byol/utils/schedules.py:learning_schedule.
+    """
+    if step < warmup:
+        return step / warmup
+    q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return q + final_factor * (1 - q)
+
+
+def warmup_drops(step: int, warmup: int, epoch: int, epochs: int, drops: Iterable[int], factor: float) -> float:
+    """(step + 1) / warmup at first; afterwards times `factor` for each of `drops` epochs before the end that passed.
+
+    Source: htdt/self-supervised train.py.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return factor ** sum(epoch >= epochs - drop for drop in drops)
+
+
+def rate_factor(options: Options, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Share of the base rate in force during `step`."""
+    warmup = warmup_length(options, steps_per_epoch)
+    if options.schedule == "cosine":
+        return warmup_cosine(step, steps_per_epoch * epochs, warmup, options.final_factor)
+    drops = options.drop_epochs if options.schedule == "drops" else []
+    return warmup_drops(step, warmup, step // steps_per_epoch, epochs, drops, options.drop_factor)
+
+
+def warmup_length(options: Options, steps_per_epoch: int) -> int:
+    """Steps of the warm-up."""
+    return options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
+
+
+def base_rate(options: Options, batch_size: int, rate: float | None = None) -> float:
+    """The rate at factor 1, for a global batch."""
+    rate = options.learning_rate if rate is None else rate
+    return rate * batch_size / 256 if options.scale_with_batch else rate
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizers
+class LARS(torch.optim.SGD):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888), multi-tensor, without host sync.
+
+    d = g + decay * w;  q = eta ||w|| / ||d||, or 1 where either norm is 0;  buffer = momentum * buffer + q d;
+    w -= lr * buffer. Groups with `adapt` False take q = 1. The arithmetic is facebookresearch/barlowtwins main.py:LARS;
+    the second half is SGD's, so this scales the gradients in place and lets SGD's fused kernel do the rest.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, fused=True)
+        self.trust_coefficient = trust_coefficient
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            gradients = [p.grad for p in weights]
+            if group["decay"]:
+                torch._foreach_add_(gradients, weights, alpha=group["decay"])
+            if group["adapt"]:
+                norms = torch.stack(torch._foreach_norm(weights))
+                updates = torch.stack(torch._foreach_norm(gradients))
+                ratio = self.trust_coefficient * norms / updates
+                ratio = torch.where((norms > 0) & (updates > 0), ratio, torch.ones_like(ratio))
+                torch._foreach_mul_(gradients, list(ratio.unbind()))
+        return super().step(closure)
+
+
+def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> torch.optim.Optimizer:
+    """The optimizer of a method's `parameter_groups()`. Each group remembers its `base_lr` and whether it is scheduled."""
+    built = []
+    for group in groups:
+        scheduled = group["lr"] == "scheduled"
+        rate = options.learning_rate_1d if group["name"] == "vectors" else None
+        base = base_rate(options, batch_size, rate) if scheduled else group["lr"]
+        decayed = group["decay"] or not options.exclude_1d
+        decay = options.weight_decay if decayed else 0.0
+        kept: dict[str, Any] = {"params": group["params"], "name": group["name"], "scheduled": scheduled, "base_lr": base}
+        if options.name == "lars":
+            built.append({**kept, "lr": base, "decay": decay, "adapt": group["adapt"] or not options.exclude_1d})
+        else:
+            built.append({**kept, "lr": base, "weight_decay": decay})
+    built = [group for group in built if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if options.name == "lars":
+        optimizer = LARS(built, options.learning_rate, options.momentum, options.trust_coefficient)
+    elif options.name == "sgd":
+        optimizer = torch.optim.SGD(built, options.learning_rate, options.momentum, fused=True)
+    elif options.name == "adam":
+        optimizer = torch.optim.Adam(built, options.learning_rate, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(built, options.learning_rate, fused=True)
+    if isinstance(optimizer, torch.optim.SGD) and options.momentum:
+        # torch's fused kernel makes the buffer in the first step, and leaves it uninitialised if that step is skipped.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Put factor * base rate into every scheduled group; returns the rate of each group by name."""
+    for group in optimizer.param_groups:
+        if group["scheduled"]:
+            group["lr"] = group["base_lr"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All gradients that the optimizer will use."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

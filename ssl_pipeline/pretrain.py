@@ -1,0 +1,319 @@
+"""The pretraining loop, and the config of a run.
+
+To be read from `pretrain` downwards. The loop knows no method, no launcher and no device: the method is a module that
+returns its loss, the collectives hide the ranks, and autocast and the fused optimizers hide the device. Nothing in a
+step waits for the device; the host reads numbers only at logged steps and checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_pipeline import __version__, backbone, checkpoint, config, distributed, methods, optim
+from ssl_pipeline.backbone import Options as BackboneOptions
+from ssl_pipeline.checkpoint import Options as CheckpointOptions
+from ssl_pipeline.data.index import Index, image_folder
+from ssl_pipeline.data.loader import Loader, require_dali
+from ssl_pipeline.data.loader import Options as DataOptions
+from ssl_pipeline.exits import BadInput, Status
+from ssl_pipeline.head import Options as HeadOptions
+from ssl_pipeline.head import ProjectionHead
+from ssl_pipeline.methods import Method, Progress
+from ssl_pipeline.monitor import Monitor
+from ssl_pipeline.monitor import Options as MonitorOptions
+from ssl_pipeline.optim import Options as OptimOptions
+from ssl_pipeline.preemption import Preemption
+from ssl_pipeline.run_folder import RunFolder
+
+log = logging.getLogger("ssl_pipeline")
+
+
+class PretrainConfig(config.Options):
+    """A whole pretraining run; its parts stand beside what they configure."""
+
+    method: config.MethodOptions
+    backbone: BackboneOptions = BackboneOptions()
+    head: HeadOptions = HeadOptions()
+    data: DataOptions
+    optim: OptimOptions = OptimOptions()
+    epochs: int = Field(gt=0)
+    """Length of the run, and of its schedules."""
+    max_steps: int | None = Field(None, gt=0)
+    """End after this many steps, the schedules still running over `epochs`. The same run may be given a later end."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of autocast; losses, batch statistics and the penalty are fp32 always."""
+    channels_last: bool = True
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Key of initial weights, order and augmentation."""
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    monitor: MonitorOptions = MonitorOptions()
+
+    @model_validator(mode="after")
+    def _views_fit(self) -> PretrainConfig:
+        name = self.method.name  # type: ignore[attr-defined]
+        sizes = [view.size for view in self.data.views for _ in range(view.count)]
+        methods.get(name).views(self.method).check(name, sizes)
+        return self
+
+
+def pretrain(options: PretrainConfig, output: Path) -> Status:
+    """Run, or go on with, the pretraining of `options` in the run folder `output`.
+
+    Returns DONE, also where the run was finished before, or STOPPED after a signal. Raises Stop for all else.
+    """
+    world = distributed.start()
+    run = RunFolder(output)
+
+    def open_run() -> Index:
+        require_dali()
+        index = image_folder(options.data.root / "train")
+        require_possible(options, world.size, len(index))
+        if world.is_main:
+            run.open_for_writing(options.model_dump(mode="json"))
+        return index
+
+    try:
+        index = distributed.together(open_run)
+        return _train(options, index, run, world)
+    finally:
+        run.close()
+
+
+def build_method(options: PretrainConfig) -> Method:
+    """The method with freshly initialised weights, a function of the seed. The backbone is initialised first."""
+    torch.manual_seed(options.seed)
+    network = backbone.build(options.backbone)
+    projection = ProjectionHead(options.head, int(network.num_features))
+    return methods.build(options.method, network, projection)
+
+
+def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
+    """Raises BadInput where batch size, number of ranks, number of samples and warm-up do not go together."""
+    batch = options.data.batch_size
+    if ranks > batch:
+        raise BadInput(f"{ranks} ranks are more than data.batch_size = {batch}: start at most {batch} processes")
+    if batch % ranks:
+        raise BadInput(
+            f"data.batch_size = {batch} cannot be divided by {ranks} ranks: "
+            f"take {batch // ranks * ranks} or {(batch // ranks + 1) * ranks}"
+        )
+    if samples < batch:
+        raise BadInput(
+            f"{str(options.data.root / 'train')!r} has {samples} pictures, fewer than data.batch_size = {batch}: "
+            "give a smaller batch size"
+        )
+    per_epoch = samples // batch
+    warmup = optim.warmup_length(options.optim, per_epoch)
+    if warmup >= per_epoch * options.epochs:
+        raise BadInput(
+            f"the warm-up of {warmup} steps does not end within the run's {per_epoch * options.epochs}: "
+            "lower optim.warmup_epochs (or optim.warmup_steps) or raise epochs"
+        )
+
+
+def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distributed.World) -> Status:
+    device = world.device
+    data = Loader(
+        index,
+        options.data.views,
+        options.data.batch_size,
+        seed=options.seed,
+        world=world,
+        threads=options.data.threads,
+        readers=options.data.readers,
+        prefetch=options.data.prefetch,
+    )
+    steps = len(data) * options.epochs
+    end = min(steps, options.max_steps or steps)
+    state = distributed.together(lambda: checkpoint.read_newest(run.checkpoints))
+    step = state["step"] if state else 0
+    if step >= end:
+        log.info("%s is finished: %d steps are done; nothing to do", run.path, step)
+        return Status.DONE
+
+    method = build_method(options)
+    if options.channels_last:
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = distributed.wrap(method, device)
+    optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    if options.precision == "fp16" and device.type == "cpu":
+        log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
+    distributed.together(lambda: _require_room(method, optimizer, options, run) if world.is_main else None)
+
+    watch = Monitor(
+        options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step
+    )
+    if state:
+        distributed.together(lambda: _restore(state, method, optimizer, scaler, data, watch, world))
+        log.info("going on with %s after step %d of %d", run.path, step, end)
+
+    def save() -> None:
+        state = {
+            "step": step,
+            "method": options.method.name,  # type: ignore[attr-defined]
+            "model": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "loader": data.state_dict(),
+            "monitor": watch.state_dict(),
+            "random": distributed.gather_values(torch.get_rng_state()),
+            "versions": {"ssl_pipeline": __version__, "torch": torch.__version__, "timm": timm.__version__,
+                         "python": platform.python_version()},
+        }  # fmt: skip
+        distributed.together(lambda: write(state) if world.is_main else None)
+
+    def write(state: dict[str, Any]) -> None:
+        checkpoint.write(run.checkpoints, state, options.checkpoint.keep)
+        backbone.save(method.evaluated_backbone(), options.backbone, run.backbone)
+
+    method.train()
+    watch.tick(step)
+    with Preemption() as preemption:
+        while step < end:
+            for batch in watch.timed(data):
+                if step == 0 and world.is_main:
+                    specs = [view.normalize for view in data.views]
+                    watch.show_views(run.views, batch.views, [(spec.mean, spec.std) for spec in specs])
+
+                progress = Progress(step, steps, data.epoch, options.epochs)
+                factor = optim.rate_factor(options.optim, step, len(data), options.epochs)
+                rates = optim.set_rates(optimizer, factor)
+                statistics = _copy_of_buffers(method)
+
+                with torch.autocast(device.type, dtype=half, enabled=half is not None):
+                    output = model([view.contiguous(memory_format=layout) for view in batch.views])
+                scaler.scale(output.loss).backward()
+
+                # From here on everything is predicated on `finite`, which only the device knows.
+                method.before_update(progress)
+                scaler.unscale_(optimizer)
+                norm = nn.utils.get_total_norm(optim.gradients(optimizer))
+                finite = torch.isfinite(norm)
+                optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+                scaler.step(optimizer)
+                scaler.update()
+                method.after_update(progress, rates, finite)
+                _put_back_unless(finite, method, statistics)
+                optimizer.zero_grad()
+                watch.add(output.logs | {"gradient_norm": norm}, finite)
+                step += 1
+
+                last = step == end
+                if last or step % options.monitor.every_steps == 0:
+                    bad = watch.log(step, data.epoch, rates, len(data.bad))
+                    _require_readable(bad, data, options.data.max_bad_fraction)
+                stop = preemption.requested()
+                if last or stop or options.checkpoint.due(step, len(data)):
+                    save()
+                    if stop and not last:
+                        log.warning("stopped by a signal after step %d; the same command goes on from here", step)
+                        watch.close()
+                        return Status.STOPPED
+                if last:
+                    break
+    watch.close()
+    if data.bad:
+        log.warning("%s", data.bad_summary())
+    log.info("%s is finished: %d steps; backbone in %s", run.path, step, run.backbone)
+    return Status.DONE
+
+
+# ----------------------------------------------------------------------------------------------------- parts of the loop
+def _copy_of_buffers(method: nn.Module) -> list[Tensor]:
+    """Copies of batch norm's running statistics, which a forward pass changes before anyone knows whether it was good."""
+    return [buffer.clone() for buffer in method.buffers()]
+
+
+def _put_back_unless(finite: Tensor, method: nn.Module, copies: list[Tensor]) -> None:
+    for buffer, copy in zip(method.buffers(), copies, strict=True):
+        buffer.copy_(torch.where(finite, buffer, copy))
+
+
+def _require_readable(bad: int, data: Loader, most: float) -> None:
+    """Raises BadInput, on all ranks alike, where all ranks together met too many unreadable pictures."""
+    if bad > most * len(data.index):
+        raise BadInput(
+            f"{bad} of {len(data.index)} pictures are unreadable, more than data.max_bad_fraction = {most}; "
+            f"of them on this rank {data.bad_summary()}"
+        )
+
+
+def _require_room(method: nn.Module, optimizer: torch.optim.Optimizer, options: PretrainConfig, run: RunFolder) -> None:
+    """Raises StorageFailure where the checkpoints to be kept, and the one being written, do not fit."""
+    moments = 2 if options.optim.name in ("adam", "adamw") else 1
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    size = checkpoint.state_bytes(method.state_dict()) + moments * trained
+    there = sum(path.stat().st_size for path in run.checkpoints.glob("*.pt"))
+    checkpoint.require_room(run.path, (options.checkpoint.keep + 1) * size - there)
+
+
+def _restore(
+    state: dict[str, Any],
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data: Loader,
+    watch: Monitor,
+    world: distributed.World,
+) -> None:
+    """Put a checkpoint's state back. Raises BadInput where it belongs to another method or other shapes."""
+    name = method.options.name
+    if state["method"] != name:
+        raise BadInput(f"the checkpoint is of method {state['method']} and the config of {name}: name another --output")
+    difference = backbone.compare(state["model"], method.state_dict())
+    if difference:
+        raise BadInput(f"the checkpoint does not fit the config's network: {difference}; name another --output")
+    method.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    data.load_state_dict(state["loader"])
+    watch.load_state_dict(state["monitor"])
+    if len(state["random"]) == world.size:
+        torch.set_rng_state(state["random"][world.rank])
+
+
+# --------------------------------------------------------------------------------------------------- without running it
+def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
+    """What follows from a config on a number of ranks: batch, steps, rates, parameters, head, views. Runs nothing."""
+    root = options.data.root / "train"
+    samples = len(image_folder(root)) if root.is_dir() else None
+    with torch.device("meta"):
+        method = build_method(options)
+    batch = options.data.batch_size
+    if samples is not None:
+        require_possible(options, ranks, samples)
+    elif batch % ranks:
+        require_possible(options, ranks, batch)
+    last = method.head.last_layer
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in method.named_children()}
+    rate = optim.base_rate(options.optim, batch)
+    rate_1d = optim.base_rate(options.optim, batch, options.optim.learning_rate_1d)
+    return {
+        "global batch": batch,
+        "batch per rank": f"{batch // ranks} on {ranks} rank{'s' if ranks > 1 else ''}",
+        "training pictures": samples if samples is not None else f"unknown: no folder {str(root)!r}",
+        "steps per epoch": samples // batch if samples else "unknown",
+        "steps": samples // batch * options.epochs if samples else "unknown",
+        "learning rate": rate if rate == rate_1d else f"{rate} (biases and norms {rate_1d})",
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        "head": f"{options.head.kind} {method.backbone.num_features} -> {method.head.outputs}",
+        "last layer": "none" if last is None else f"{last.in_features} -> {last.out_features}",
+        "SparseHead": f"{options.head.sparse.weight} x L2,1 of {options.head.sparse.groups}"
+        if options.head.sparse.weight
+        else "off",
+        "views": "; ".join(
+            f"{v.count} of {v.size} px: {', '.join(op.op for op in v.ops)}"  # type: ignore[attr-defined]
+            for v in options.data.views
+        ),
+    }
