@@ -11,6 +11,7 @@ global loss computed on each rank (Barlow Twins, VICReg).
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -242,12 +243,11 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     module = synchronise_batch_norm(module.to(device), device)
     if dist.get_world_size() == 1:
         return module
-    return DistributedDataParallel(
-        module,
-        device_ids=None if device.type == "cpu" else [device.index],
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    # torch 2.14 renamed the option and warns of the old name.
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    devices = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
 
 
 # ----------------------------------------------------------------------------------------------------- one for all ranks

@@ -168,7 +168,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             "loader": data.state_dict(),
             "monitor": watch.state_dict(),
             "random": distributed.gather_values(torch.get_rng_state()),
-            "versions": {"ssl_pipeline": __version__, "torch": torch.__version__, "timm": timm.__version__,
+            "versions": {"ssl_pipeline": __version__, "torch": str(torch.__version__), "timm": timm.__version__,
                          "python": platform.python_version()},
         }  # fmt: skip
         distributed.together(lambda: write(state) if world.is_main else None)

@@ -1,0 +1,37 @@
+# `make demo` or `make test` alone sets up all that it needs: a virtual environment with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+METHOD ?= simclr
+DEMO := runs/demo$(if $(filter-out simclr,$(METHOD)),_$(METHOD))
+
+.PHONY: setup demo test test-slow check format wheel clean
+.DEFAULT_GOAL := demo
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda13,demo,dev]'
+	touch $@
+
+demo: setup  ## the main job in minutes: digits -> views -> METHOD + SparseHead -> evaluation -> runs/demo/report.html
+	$(BIN)/ssl-pipeline demo --method $(METHOD) --output $(DEMO)
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup  ## the others
+	$(BIN)/python -m pytest -m slow
+
+check: setup  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

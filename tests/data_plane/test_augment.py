@@ -1,0 +1,247 @@
+"""Each operation with forced draws, through DALI, against torchvision on real photographs."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from nvidia.dali import fn, pipeline_def
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+
+from ssl_pipeline import config
+from ssl_pipeline.data import augment, randomness
+from ssl_pipeline.data.augment import ViewSpec
+from ssl_pipeline.exits import BadInput
+
+RAW = {"op": "normalize", "mean": [0, 0, 0], "std": [1, 1, 1]}
+
+
+def photos() -> np.ndarray:
+    """(2, H, W, 3) uint8: windows of scikit-learn's photographs."""
+    return np.stack([photo[100:324, 150:374] for photo in load_sample_images().images])
+
+
+def view(*ops: dict, size: int = 224) -> ViewSpec:
+    return config.validate(ViewSpec, {"size": size, "ops": [*ops, RAW]})
+
+
+def through_dali(spec: ViewSpec, pictures: np.ndarray, u: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The view's pixels in 0..255, (N, H, W, 3), with u (N, draws) in place of the keyed numbers."""
+    monkeypatch.setattr(randomness, "uniforms", lambda *_: u)
+    sizes = np.array([picture.shape[:2] for picture in pictures])
+    arrays = spec.parameters(0, 0, np.arange(len(pictures)), 0, sizes)
+
+    @pipeline_def(batch_size=len(pictures), num_threads=1, device_id=None)
+    def graph():
+        inputs = fn.external_source(source=lambda: [list(pictures), *arrays], num_outputs=1 + len(arrays), batch=True,
+                                    layout=["HWC", *[""] * len(arrays)])  # fmt: skip
+        return spec.nodes(inputs[0], inputs[1:])
+
+    pipeline = graph()
+    pipeline.build()
+    (out,) = pipeline.run()
+    return np.stack([np.array(out[i]) for i in range(len(pictures))]).transpose(0, 2, 3, 1) * 255
+
+
+def reference(pictures: np.ndarray, change) -> np.ndarray:
+    return np.stack([change(torch.from_numpy(p).permute(2, 0, 1)).permute(1, 2, 0).numpy() for p in pictures])
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected.astype(float)).mean())
+
+
+def test_flip_solarize_and_normalize_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    u = np.array([[0.4], [0.6]])
+    flipped = through_dali(view({"op": "flip", "probability": 0.5}), pictures, u, monkeypatch)
+    assert difference(flipped[0], pictures[0][:, ::-1]) < 1e-4
+    assert difference(flipped[1], pictures[1]) < 1e-4
+    solarized = through_dali(view({"op": "solarize", "probability": 0.5}), pictures, u, monkeypatch)
+    assert difference(solarized[0], reference(pictures[:1], lambda p: TF.solarize(p, 128))[0]) < 1e-4
+    assert difference(solarized[1], pictures[1]) < 1e-4
+    spec = config.validate(ViewSpec, {"size": 224, "ops": [{"op": "normalize"}]})
+    found = through_dali(spec, pictures, np.zeros((2, 0)), monkeypatch) / 255
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    expected = reference(pictures, lambda p: TF.normalize(p / 255, mean, std))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_crop_resize_is_torchvisions_crop_and_antialiased_bicubic(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    u = np.random.default_rng(0).random((2, 22))
+    spec = view({"op": "crop_resize"}, size=size)
+    found = through_dali(spec, pictures, u, monkeypatch)
+    start, end = spec.ops[0].parameters(u, np.full((2, 2), 224), size)
+    for picture, got, (top, left), (bottom, right) in zip(pictures, found, start, end, strict=True):
+        box = (left, top, right, bottom)
+        expected = Image.fromarray(picture).crop(tuple(map(int, box))).resize((size, size), Image.Resampling.BICUBIC)
+        assert difference(got, np.asarray(expected)) <= 0.7
+
+
+def test_boxes_have_torchvisions_distribution() -> None:
+    count = 4000
+    u = randomness.uniforms(0, 0, np.arange(count), 0, 22)
+    sizes = np.tile([[300, 500]], (count, 1))
+    start, end = augment.CropResize(op="crop_resize").parameters(u, sizes, 224)
+    assert (start >= 0).all()
+    assert (end <= sizes).all()
+    torch.manual_seed(0)
+    picture = torch.zeros(1, 300, 500)
+    theirs = np.array([RandomResizedCrop.get_params(picture, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
+    ours = np.concatenate([start, end - start], axis=1)
+    for column in range(4):
+        for quantile in (0.1, 0.5, 0.9):
+            a, b = np.quantile(ours[:, column], quantile), np.quantile(theirs[:, column], quantile)
+            assert abs(a - b) < 15, (column, quantile, a, b)
+
+
+def test_a_picture_that_no_box_fits_is_cropped_in_the_centre() -> None:
+    start, end = augment.CropResize(op="crop_resize").parameters(np.full((1, 22), 0.999), np.array([[10, 1000]]), 224)
+    assert start.tolist() == [[0, 493]]
+    assert end.tolist() == [[10, 506]]
+
+
+def test_center_crop_is_resize_and_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    found = through_dali(view({"op": "center_crop", "resize": 128}, size=112), pictures, np.zeros((2, 0)), monkeypatch)
+    expected = reference(
+        pictures,
+        lambda p: TF.center_crop(TF.resize(p, [128], InterpolationMode.BICUBIC, antialias=True), [112]),
+    )
+    assert difference(found, expected) <= 0.7
+
+
+def jitter_draws(order: tuple[int, ...] = (0, 1, 2, 3), **wanted: float) -> np.ndarray:
+    """Draws that make the jitter take place in this order, with these positions within its ranges, else the middle."""
+    rows = [wanted.get(name, 0.5) for name in ("brightness", "contrast", "saturation", "hue")]
+    place = augment._ORDERS.tolist().index(list(order))
+    return np.tile([[0.0, *rows, (place + 0.5) / 24]], (2, 1))
+
+
+STEPS = {
+    0: lambda p, f: TF.adjust_brightness(p, f["brightness"]),
+    1: lambda p, f: TF.adjust_contrast(p, f["contrast"]),
+    2: lambda p, f: TF.adjust_saturation(p, f["saturation"]),
+    3: lambda p, f: TF.adjust_hue(p, f["hue"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "u", "limit"),
+    [
+        ("brightness", 0.2, 1.0), ("saturation", 0.1, 1.0), ("saturation", 0.6, 1.0), ("contrast", 0.2, 1.5),
+        ("hue", 0.0, 9.0), ("hue", 1.0, 13.0),  # the flower is red all over, where HSV's hue is least linear
+    ],
+)  # fmt: skip
+def test_each_colour_change_is_near_torchvisions(
+    name: str, u: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = {"op": "jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 1.0}
+    factors = dict.fromkeys(("brightness", "contrast", "saturation"), 1.0) | {"hue": 0.0}
+    width = op[name]
+    factors[name] = (0.0 if name == "hue" else 1.0) + width * (2 * u - 1)
+    pictures = photos()
+    found = through_dali(view(op), pictures, jitter_draws(**{name: u}), monkeypatch)
+    step = ["brightness", "contrast", "saturation", "hue"].index(name)
+    expected = reference(pictures, lambda p: STEPS[step](p, factors))
+    assert difference(found, expected) <= limit
+    assert difference(found, expected) < 0.8 * difference(pictures, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 1, 0, 3), (1, 0, 3, 2)])
+def test_the_product_is_the_reference_in_the_same_order(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    op = {"op": "jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.0, "probability": 1.0}
+    factors = {"brightness": 0.8, "contrast": 0.7, "saturation": 1.2, "hue": 0.0}
+    pictures = photos()
+    u = jitter_draws(order, brightness=0.25, contrast=0.125, saturation=0.75)
+    found = through_dali(view(op), pictures, u, monkeypatch)
+
+    def change(p: torch.Tensor) -> torch.Tensor:
+        for step in order:
+            p = STEPS[step](p, factors)
+        return p
+
+    assert difference(found, reference(pictures, change)) <= 1.5
+
+
+def test_orders_matter_and_all_are_drawn() -> None:
+    op = augment.Jitter(op="jitter", probability=1.0)
+    maps = [op.matrices(jitter_draws(order, hue=1.0, saturation=0.0)[:1])[0] for order in ((2, 3, 0, 1), (3, 2, 0, 1))]
+    assert np.abs(maps[0] - maps[1]).max() > 0.01
+    u = randomness.uniforms(0, 0, np.arange(10_000), 0, 6)
+    counts = np.bincount((u[:, 5] * 24).astype(int), minlength=24)
+    assert counts.min() > 300
+    applied = (np.abs(op.model_copy(update={"probability": 0.8}).matrices(u)[0] - np.eye(3)).max(axis=(1, 2)) > 0).mean()
+    assert abs(applied - 0.8) < 0.02
+
+
+def test_hue_by_a_third_of_the_circle_is_exact() -> None:
+    np.testing.assert_allclose(augment._hue(np.array([1 / 3]))[0], [[0, 0, 1], [1, 0, 0], [0, 1, 0]], atol=1e-12)
+
+
+def test_additional_photographs_hue(test_data: Path) -> None:
+    with tarfile.open(test_data / "imagenet_sample.tar") as archive:
+        files = [io.BytesIO(archive.extractfile(m).read()) for m in archive if m.isfile()]
+    errors = []
+    for file in files:
+        picture = np.array(Image.open(file).convert("RGB").resize((128, 128)))
+        for shift in (-0.1, 0.1):
+            ours = np.clip(np.rint(picture @ augment._hue(np.array([shift]))[0].T), 0, 255)
+            expected = reference([picture], lambda p, shift=shift: TF.adjust_hue(p, shift))[0]
+            errors.append(difference(ours, expected))
+    assert np.mean(errors) <= 6
+
+
+def test_gray_is_pils_and_joins_the_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    found = through_dali(view({"op": "gray", "probability": 0.5}), pictures, np.array([[0.4], [0.6]]), monkeypatch)
+    assert difference(found[0], np.asarray(Image.fromarray(pictures[0]).convert("L").convert("RGB"))) <= 1
+    assert difference(found[1], pictures[1]) < 1e-4
+    joined = view({"op": "jitter"}, {"op": "gray"}, {"op": "flip"})
+    assert [len(group) for group in joined._groups()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1.0])
+def test_blur_is_near_pils(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    sigma = 0.1 + 1.9 * u
+    draws = np.array([[0.4, u], [0.6, u]])
+    found = through_dali(view({"op": "blur", "probability": 0.5}), pictures, draws, monkeypatch)
+    expected = np.asarray(Image.fromarray(pictures[0]).filter(ImageFilter.GaussianBlur(sigma)))
+    assert difference(found[0], expected) <= 1.5
+    assert difference(found[1], pictures[1]) < 1e-4
+
+
+def test_affine_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    op = {"op": "affine", "degrees": 30, "translate": 0.1, "scale": [0.5, 1.5]}
+    u = np.tile([[0.75, 0.6, 0.7, 0.4]], (2, 1))
+    found = through_dali(view(op), pictures, u, monkeypatch)
+    angle, zoom, shift = 15.0, 1.1, [0.04 * 224, -0.02 * 224]
+    expected = reference(
+        pictures,
+        lambda p: TF.affine(p.float(), angle, shift, zoom, [0.0, 0.0], InterpolationMode.BILINEAR),
+    )
+    assert difference(found, expected) <= 1.5
+
+
+def test_identity_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = photos()
+    spec = view({"op": "affine"}, {"op": "jitter", "probability": 0}, {"op": "gray", "probability": 0})
+    found = through_dali(spec, pictures, np.full((2, 4 + 6 + 1), 0.5), monkeypatch)
+    assert difference(found, pictures) < 0.01
+
+
+def test_a_view_ends_normalized_once() -> None:
+    for ops in ([], [{"op": "flip"}], [RAW, {"op": "flip"}], [RAW, RAW]):
+        with pytest.raises(BadInput, match="normalize"):
+            config.validate(ViewSpec, {"size": 8, "ops": ops})

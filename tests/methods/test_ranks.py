@@ -1,0 +1,45 @@
+"""Two gloo processes, each with half of the batch, give the loss and all gradients of one with the whole batch."""
+
+import pytest
+import torch
+
+from ssl_pipeline import config, distributed
+from ssl_pipeline.pretrain import PretrainConfig, build_method
+from tests.ranks import on_ranks
+
+CASES = [
+    ("cifar10/simclr_sparsehead", []),
+    ("cifar10/simclr_sparsehead", ["method.views_together=true", "head.output_norm=scale"]),
+    ("cifar10/byol_sparsehead", []),
+    ("cifar10/barlow_twins_sparsehead", ["head.hidden=256", "head.output=256"]),
+    ("cifar10/barlow_twins_sparsehead", ["head.hidden=256", "head.output=256", "method.gradient_divisor=16"]),
+    ("cifar10/simclr", ["head.kind=linear"]),
+    ("cifar10/byol", ["head.kind=identity"]),
+]
+
+
+def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """Mean loss over ranks, and every parameter's gradient, of a ResNet-18 with its real head in float64."""
+    world = distributed.start()
+    options = config.validate(PretrainConfig, config.load(name, overrides).values)
+    method = build_method(options).double()
+    model = distributed.wrap(method, world.device)
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+    views = [view[world.rank :: world.size] for view in whole]
+    output = model(views)
+    output.loss.backward()
+    found = {f"gradient {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
+    found |= {f"buffer {n}": b for n, b in method.named_buffers()}
+    return {"loss": distributed.mean_over_ranks(output.loss), **found}
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_two_ranks_equal_one(name: str, overrides: list[str]) -> None:
+    one = loss_and_gradients(name, overrides)
+    assert sum(key.startswith("gradient") for key in one) > 60
+    for found in on_ranks(2, loss_and_gradients, name, overrides):
+        assert found.keys() == one.keys()
+        for key, value in one.items():
+            scale = value.abs().max().clamp(min=1e-3) if value.is_floating_point() else 1
+            assert ((found[key] - value).abs().max() / scale) <= 1e-10, key

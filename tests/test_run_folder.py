@@ -1,0 +1,45 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.exits import BadInput
+from ssl_pipeline.run_folder import RunFolder
+
+CONFIG = {"seed": 0, "data": {"root": "x", "threads": None}, "monitor": {"every_steps": 5}, "max_steps": 3}
+
+
+def test_the_same_config_goes_on_and_another_is_refused_key_by_key(tmp_path: Path) -> None:
+    def start(values: dict) -> None:
+        run = RunFolder(tmp_path / "run")
+        try:
+            run.open_for_writing(values)
+        finally:
+            run.close()
+
+    start(CONFIG)
+    start({**CONFIG, "data": {"root": "x", "threads": 8}, "monitor": {"every_steps": 1}, "max_steps": 9})
+    with pytest.raises(BadInput, match=r"belongs to another config \(data.root: 'x' there, 'y' now; seed: 0 there, 1 now"):
+        start({**CONFIG, "seed": 1, "data": {"root": "y", "threads": None}})
+    assert RunFolder(tmp_path / "run").read_config()["seed"] == 0
+
+
+def test_checkpoints_without_a_config_are_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000001.pt").touch()
+    with pytest.raises(BadInput, match=r"no config.yaml"):
+        RunFolder(tmp_path).open_for_writing(CONFIG)
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open_for_writing(CONFIG)
+    program = (
+        "import sys; from pathlib import Path; from ssl_pipeline.run_folder import RunFolder; "
+        "RunFolder(Path(sys.argv[1])).open_for_writing({})"
+    )
+    second = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "is being written by process" in second.stderr
+    run.close()
+    RunFolder(tmp_path).open_for_writing(CONFIG)
