@@ -67,7 +67,11 @@ def row(name: str, data: Path, work: Path, epochs: int, seed: int) -> dict[str, 
 def table(rows: list[dict[str, object]]) -> str:
     """The results as Markdown."""
     processor = next(
-        (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     lines = [
@@ -80,7 +84,8 @@ def table(rows: list[dict[str, object]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['row']} | {r['epochs']} | {r['seed']} | {r['before']:.2f} | {r['after']:.2f} | {r['seconds']} |" for r in rows
+        f"| {r['row']} | {r['epochs']} | {r['seed']} | {r['before']:.2f} | {r['after']:.2f} | {r['seconds']} |"
+        for r in rows
     ]
     lines += [f"| {name} | - | - | - | not run | - |" for name in ROWS if name not in {r["row"] for r in rows}]
     lines += [

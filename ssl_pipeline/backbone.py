@@ -93,7 +93,9 @@ def load(path: Path, options: Options) -> nn.Module:
     except FileNotFoundError:
         raise BadInput(f"no backbone file {str(path)!r}") from None
     except Exception as error:
-        raise BadInput(f"{str(path)!r} is no file of weights that can be read safely: {str(error).splitlines()[0]}") from None
+        raise BadInput(
+            f"{str(path)!r} is no file of weights that can be read safely: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise BadInput(f"{str(path)!r} is no plain mapping of names to tensors")
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}

@@ -65,7 +65,9 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise StorageFailure(f"cannot write checkpoint {path}: {error}; free room and give the same command again") from None
+        raise StorageFailure(
+            f"cannot write checkpoint {path}: {error}; free room and give the same command again"
+        ) from None
     for old in steps(folder)[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
     return path
@@ -102,7 +104,9 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise ValueError(
+            f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it is not a checkpoint of this tool")
     return state
@@ -122,7 +126,9 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
             log.warning("checkpoint %s is not used: %s", path, error)
             reasons.append(f"{path.name}: {error}")
     if reasons:
-        raise BadInput(f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0")
+        raise BadInput(
+            f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0"
+        )
     return None
 
 

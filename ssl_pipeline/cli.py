@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         return verb
 
     def add_overrides(verb: argparse.ArgumentParser) -> None:
-        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="options laid over the config", default=[])
+        verb.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="options laid over the config", default=[]
+        )
 
     verb = add("pretrain", pretrain)
     verb.add_argument("config", help="a YAML file or a packaged name, as cifar10/simclr")
@@ -156,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("prepare-data", prepare_data)
     verb.add_argument("name", help="digits, cifar10, cifar100 or folder")
     verb.add_argument("out", type=Path)
-    verb.add_argument("--source", type=Path, nargs="+", default=[], metavar="PATH", help="tars or folders to take it from")
+    verb.add_argument(
+        "--source", type=Path, nargs="+", default=[], metavar="PATH", help="tars or folders to take it from"
+    )
 
     verb = add("demo", demo)
     verb.add_argument("--method", default="simclr")
@@ -194,5 +198,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tool(verb: str) -> int:
     """`main` with the verb given: what the files under tools/ call."""
     return main([verb, *sys.argv[1:]])
-
-

@@ -130,7 +130,8 @@ class Tree:
             found = self.origins.get(".".join(parts[:depth]))
             if found:
                 return found
-        return "default"
+        below = (found for key, found in self.origins.items() if key.startswith(f"{dotted}."))
+        return next(below, "default")
 
 
 def packaged_configs() -> Path:
@@ -258,7 +259,9 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _tags(model: type[Options]) -> list[Any]:
-    return [a for f in model.model_fields.values() if get_origin(f.annotation) is Literal for a in get_args(f.annotation)]
+    return [
+        a for f in model.model_fields.values() if get_origin(f.annotation) is Literal for a in get_args(f.annotation)
+    ]
 
 
 def _nearest(word: str, choices: Iterable[str]) -> str:

@@ -52,7 +52,9 @@ def demo(method: str, output: Path, data: Path) -> Status:
     print("  ".join(columns))
     for name, values in rows.items():
         print(f"{name}: " + "  ".join(f"{value:.1f}" for value in values))
-    print(f"report: {page}   numbers: {path}   backbone: {run.backbone}   curves: tensorboard --logdir {run.tensorboard}")
+    print(
+        f"report: {page}   numbers: {path}   backbone: {run.backbone}   curves: tensorboard --logdir {run.tensorboard}"
+    )
     return Status.DONE
 
 

@@ -60,11 +60,17 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
     else:
         count = torch.accelerator.device_count()
         if local_size > count:
-            raise BadInput(f"{local_size} processes on a node with {count} accelerators; start one process an accelerator")
+            raise BadInput(
+                f"{local_size} processes on a node with {count} accelerators; start one process an accelerator"
+            )
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     if not dist.is_initialized():
-        backend = "gloo" if accelerator is None else f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+        backend = (
+            "gloo"
+            if accelerator is None
+            else f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+        )
         # Without a launcher there is no address to meet at; a store in this process's own memory needs none.
         alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore()}
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **alone)

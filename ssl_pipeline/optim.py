@@ -132,7 +132,12 @@ def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> to
         base = base_rate(options, batch_size, rate) if scheduled else group["lr"]
         decayed = group["decay"] or not options.exclude_1d
         decay = options.weight_decay if decayed else 0.0
-        kept: dict[str, Any] = {"params": group["params"], "name": group["name"], "scheduled": scheduled, "base_lr": base}
+        kept: dict[str, Any] = {
+            "params": group["params"],
+            "name": group["name"],
+            "scheduled": scheduled,
+            "base_lr": base,
+        }
         if options.name == "lars":
             built.append({**kept, "lr": base, "decay": decay, "adapt": group["adapt"] or not options.exclude_1d})
         else:

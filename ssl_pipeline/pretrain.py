@@ -151,9 +151,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
         log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
     distributed.together(lambda: _require_room(method, optimizer, options, run) if world.is_main else None)
 
-    watch = Monitor(
-        options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step
-    )
+    watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step)
     if state:
         distributed.together(lambda: _restore(state, method, optimizer, scaler, data, watch, world))
         log.info("going on with %s after step %d of %d", run.path, step, end)

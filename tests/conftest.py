@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare("digits", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 training and 6 validation pictures of each digit."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    for split, count in (("train", 16), ("val", 6)):
+        for folder in sorted((digits / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copyfile(path, root / split / folder.name / path.name)
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -65,17 +78,11 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(*words: object, ranks: int = 1) -> subprocess.CompletedProcess:
         launcher = [sys.executable, "-m"]
         if ranks > 1:
-            launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "-m"]
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         line = [*launcher, "ssl_pipeline", *map(str, words)]
         return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
 
     return run
-
-
-@pytest.fixture
-def world() -> Iterator[distributed.World]:
-    """One rank."""
-    yield distributed.start()
 
 
 @pytest.fixture(autouse=True, scope="session")

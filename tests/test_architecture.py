@@ -7,7 +7,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ssl_pipeline"
 GROUND = {"config", "distributed", "exits"}
-SHARED = GROUND | {"sparse_head", "head", "backbone", "optim", "data", "checkpoint", "monitor", "preemption", "run_folder"}
+SHARED = GROUND | {
+    "sparse_head",
+    "head",
+    "backbone",
+    "optim",
+    "data",
+    "checkpoint",
+    "monitor",
+    "preemption",
+    "run_folder",
+}
 ALLOWED = {
     "exits": set(),
     "config": {"exits"},

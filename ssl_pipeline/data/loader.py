@@ -199,9 +199,7 @@ class Loader:
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.world.device.type == "cuda"
-        counts = [
-            len(view.parameters(0, 0, np.zeros(1, dtype=np.int64), 0, np.ones((1, 2)))) for view in self.views
-        ]
+        counts = [len(view.parameters(0, 0, np.zeros(1, dtype=np.int64), 0, np.ones((1, 2)))) for view in self.views]
 
         @pipeline_def(
             batch_size=-(-self.batch_size // self.world.size),
@@ -260,7 +258,10 @@ class Loader:
         """Ids of this rank's samples in a step, before any replacement."""
         if self._order is None or self._order[0] != epoch:
             count = len(self.index)
-            self._order = (epoch, randomness.permutation(self.seed, epoch, count) if self.training else np.arange(count))
+            self._order = (
+                epoch,
+                randomness.permutation(self.seed, epoch, count) if self.training else np.arange(count),
+            )
         whole = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         return whole[self.world.rank :: self.world.size]
 
@@ -292,7 +293,9 @@ class Loader:
             if sample in self.bad:
                 return
             self.bad[sample] = reason
-        log.warning("unreadable picture %s: %s; another takes its place", self.index.root / self.index.paths[sample], reason)
+        log.warning(
+            "unreadable picture %s: %s; another takes its place", self.index.root / self.index.paths[sample], reason
+        )
 
     def bad_summary(self, most: int = 20) -> str:
         """One line with the unreadable pictures that this rank met."""

@@ -50,7 +50,9 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = ()) -> dict[str, int
         counts = {}
         for split in ("train", "val"):
             if not (working / split).is_dir():
-                raise BadInput(f"the source holds no {split} pictures; it needs train/<class>/ and val/<class>/ (or test/)")
+                raise BadInput(
+                    f"the source holds no {split} pictures; it needs train/<class>/ and val/<class>/ (or test/)"
+                )
             counts[split] = len(image_folder(working / split))
         os.replace(working, out)
     finally:

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline import config, distributed
 from ssl_pipeline import backbone as backbones
+from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.index import image_folder

@@ -24,7 +24,9 @@ figure { margin: 1rem 0; overflow-x: auto; } figcaption { font-size: .9rem; opac
 """
 
 
-def write(run: RunFolder, title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], note: str) -> Path:
+def write(
+    run: RunFolder, title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], note: str
+) -> Path:
     """Write RUN/report.html: a table of `rows` under `columns`, the loss curve, and the augmented views.
 
     Raises BadInput where matplotlib is missing.
@@ -38,11 +40,24 @@ def write(run: RunFolder, title: str, columns: Sequence[str], rows: Mapping[str,
         _figure(_loss_curve(metrics), "Loss, the mean over the steps between two logged ones, against the step."),
     ]
     if run.views.is_file():
-        parts.append(_figure(run.views.read_bytes(), "Views of the first pictures as the network sees them: a row a picture."))
-    facts = ("step", "epoch", "loss", "embedding_std", "sparse_penalty", "head_groups_inactive", "skipped", "bad_pictures")
+        parts.append(
+            _figure(run.views.read_bytes(), "Views of the first pictures as the network sees them: a row a picture.")
+        )
+    facts = (
+        "step",
+        "epoch",
+        "loss",
+        "embedding_std",
+        "sparse_penalty",
+        "head_groups_inactive",
+        "skipped",
+        "bad_pictures",
+    )
     shown = {name: last[name] for name in facts if last.get(name) is not None}
     parts.append("<h2>The last logged step</h2>" + _table(["", "value"], {k: [v] for k, v in shown.items()}, digits=4))
-    parts.append(f"<p><small>ssl_pipeline {__version__}; run folder <code>{html.escape(str(run.path))}</code></small></p>")
+    parts.append(
+        f"<p><small>ssl_pipeline {__version__}; run folder <code>{html.escape(str(run.path))}</code></small></p>"
+    )
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"

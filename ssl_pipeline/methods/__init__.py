@@ -54,7 +54,9 @@ class ViewNeeds:
         """Raises BadInput where views of `sizes` do not fit; `name` is the method's."""
         if len(sizes) < self.least or (self.most is not None and len(sizes) > self.most):
             wanted = f"{self.least}" if self.most == self.least else f"{self.least} to {self.most or 'any number of'}"
-            raise BadInput(f"{name} uses {wanted} views and data.views makes {len(sizes)}: mend the counts in data.views")
+            raise BadInput(
+                f"{name} uses {wanted} views and data.views makes {len(sizes)}: mend the counts in data.views"
+            )
         if self.one_size and len(set(sizes)) > 1:
             raise BadInput(f"{name} needs views of one size and data.views makes sizes {sorted(set(sizes))}")
 

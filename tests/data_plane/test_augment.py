@@ -158,7 +158,9 @@ def test_each_colour_change_is_near_torchvisions(
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 1, 0, 3), (1, 0, 3, 2)])
-def test_the_product_is_the_reference_in_the_same_order(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_is_the_reference_in_the_same_order(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     op = {"op": "jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.0, "probability": 1.0}
     factors = {"brightness": 0.8, "contrast": 0.7, "saturation": 1.2, "hue": 0.0}
     pictures = photos()
@@ -180,7 +182,9 @@ def test_orders_matter_and_all_are_drawn() -> None:
     u = randomness.uniforms(0, 0, np.arange(10_000), 0, 6)
     counts = np.bincount((u[:, 5] * 24).astype(int), minlength=24)
     assert counts.min() > 300
-    applied = (np.abs(op.model_copy(update={"probability": 0.8}).matrices(u)[0] - np.eye(3)).max(axis=(1, 2)) > 0).mean()
+    applied = (
+        np.abs(op.model_copy(update={"probability": 0.8}).matrices(u)[0] - np.eye(3)).max(axis=(1, 2)) > 0
+    ).mean()
     assert abs(applied - 0.8) < 0.02
 
 

@@ -15,7 +15,9 @@ def make(root: Path, *names: str) -> Path:
 
 
 def test_the_order_depends_on_names_alone(tmp_path: Path) -> None:
-    root = make(tmp_path, "b/2.JPEG", "a/x/9.png", "b/1.jpg", "a/ü ö.jpg", "a/.hidden.jpg", ".cache/1.jpg", "b/notes.txt")
+    root = make(
+        tmp_path, "b/2.JPEG", "a/x/9.png", "b/1.jpg", "a/ü ö.jpg", "a/.hidden.jpg", ".cache/1.jpg", "b/notes.txt"
+    )
     index = image_folder(root)
     assert index.classes == ("a", "b")
     assert index.paths == ("a/x/9.png", "a/ü ö.jpg", "b/1.jpg", "b/2.JPEG")

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from ssl_pipeline import backbone, config
+from ssl_pipeline.data.augment import ViewSpec
+from ssl_pipeline.evaluation import features
+from ssl_pipeline.exits import BadInput
+
+VIEW = config.validate(ViewSpec, {"size": 64, "ops": [{"op": "center_crop", "resize": 64}, {"op": "normalize"}]})
+
+
+def test_features_are_the_frozen_backbones_in_the_order_of_the_ids(photos: Path, tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "r18.pth")
+    options = features.Options(
+        weights=tmp_path / "r18.pth", backbone=backbone.Options(name="resnet18"), root=photos, view=VIEW, batch_size=5
+    )
+    found, labels = features.extract(options, "val")
+    assert found.shape == (8, 512)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    again, _ = features.extract(options.model_copy(update={"batch_size": 8}), "val")
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-4)
+
+
+def test_random_initialisation_is_the_one_that_pretraining_starts_from() -> None:
+    from ssl_pipeline.pretrain import PretrainConfig, build_method
+
+    options = config.validate(PretrainConfig, config.load("smoke", ["seed=3"]).values)
+    torch.manual_seed(3)
+    alone = backbone.build(options.backbone)
+    method = build_method(options)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(alone.state_dict().values(), method.backbone.state_dict().values(), strict=True)
+    )
+
+
+def test_sources_that_do_not_do(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="neither a run folder nor a file"):
+        features.options(tmp_path / "none")
+    with pytest.raises(BadInput, match="is no run folder"):
+        features.options(tmp_path)
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(BadInput, match="give --config NAME"):
+        features.options(tmp_path / "w.pth")
+    (tmp_path / "config.yaml").write_text(config.dump_yaml(config.load("smoke").values))
+    with pytest.raises(BadInput, match=r"no backbone.pth yet"):
+        features.options(tmp_path)

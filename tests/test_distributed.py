@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from ssl_pipeline import distributed
+from ssl_pipeline.exits import BadInput, Status, Stop
+from tests.ranks import on_ranks
+
+
+def _collectives() -> dict[str, torch.Tensor]:
+    rank = distributed.rank()
+    x = torch.tensor([[1.0 + rank, 2.0]], requires_grad=True)
+    weights = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
+    gathered = distributed.gather(x)
+    ((rank + 1) * gathered * weights).sum().backward()
+    y = torch.tensor([3.0 + rank], requires_grad=True)
+    total = distributed.all_reduce_sum(y)
+    ((rank + 1) * total).sum().backward()
+    return {"gathered": gathered.detach(), "x": x.grad, "total": total.detach(), "y": y.grad,
+            "mean": distributed.mean_over_ranks(torch.tensor(float(rank))),
+            "values": distributed.gather_values(torch.tensor([rank]))}  # fmt: skip
+
+
+def test_collectives_and_their_gradients() -> None:
+    for rank, found in enumerate(on_ranks(2, _collectives)):
+        assert found["gathered"].tolist() == [[1, 2], [2, 2]]
+        assert found["x"].tolist() == [[[3, 30], [300, 3000]][rank]]  # summed over ranks: (1 + 2) * weight
+        assert found["total"].tolist() == [7]
+        assert found["y"].tolist() == [3]
+        assert found["mean"] == 0.5
+        assert found["values"].tolist() == [[0], [1]]
+
+
+def _norms() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    whole = torch.randn(12, 6, 5, 5, dtype=torch.float64) * 3 + 7
+    target = torch.randn(12, 6, 5, 5, dtype=torch.float64)
+    module = nn.Sequential(nn.BatchNorm2d(6)).double()
+    module[0].weight.data.uniform_(0.5, 2)
+    module = distributed.synchronise_batch_norm(module, torch.device("cpu"))
+    x = whole[distributed.rank() :: distributed.world_size()].clone().requires_grad_()
+    for _ in range(2):
+        y = module(x)
+    (y * target[distributed.rank() :: distributed.world_size()]).sum().backward()
+    module.eval()
+    return [y.detach(), x.grad, *[p.grad for p in module.parameters()], *module.buffers(), module(x).detach()]
+
+
+def test_batch_norm_over_ranks_is_batch_norm_of_the_whole() -> None:
+    whole = _norms()
+    ranks = on_ranks(2, _norms)
+    for place, name in ((0, "output"), (1, "gradient of the input"), (7, "evaluation")):
+        joined = torch.stack([r[place] for r in ranks], dim=1).flatten(0, 1)
+        torch.testing.assert_close(joined, whole[place], rtol=1e-10, atol=1e-12, msg=name)
+    for place in (2, 3):  # each rank has the part of its own rows
+        torch.testing.assert_close(ranks[0][place] + ranks[1][place], whole[place], rtol=1e-10, atol=1e-12)
+    for place in (4, 5, 6):
+        torch.testing.assert_close(ranks[0][place], whole[place], rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_keeps_names_and_serves_without_affine() -> None:
+    old = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm1d(4, affine=False))
+    names = list(old.state_dict())
+    new = distributed._global_batch_norm(old)
+    assert list(new.state_dict()) == names
+    assert all(isinstance(m, distributed.BatchNorm) for m in new)
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(new[1](x), nn.BatchNorm1d(4, affine=False)(x), rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new[0](torch.randn(2, 4, 3, 3).bfloat16()).dtype == torch.bfloat16
+
+
+def _stopping() -> list[int]:
+    def action() -> int:
+        if distributed.rank() == 1:
+            raise BadInput("the folder of rank 1 is missing")
+        return 5
+
+    try:
+        distributed.together(action)
+    except Stop as stop:
+        return [int(stop.status), len(str(stop))]
+    return [0, 0]
+
+
+def test_all_stop_where_one_does_and_only_that_one_speaks() -> None:
+    assert on_ranks(2, _stopping) == [[Status.BAD_INPUT, 0], [Status.BAD_INPUT, len("the folder of rank 1 is missing")]]
+    assert distributed.together(lambda: 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[03-05,9],login1", "gpu03"), ("node1", "node1"), ("a1,a2", "a1"), ("r[1,4]n", "r1n")]
+)
+def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert distributed._first_host(nodes) == first
+
+
+def test_place_from_torchrun_slurm_or_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed._place() == (0, 1, 0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert distributed._place() == (0, 1, 0, 1)  # a batch script or shell, not srun
+    slurm = {"STEP_NUM_TASKS": "8", "STEP_NODELIST": "n[1-2]", "JOB_ID": "77", "STEP_ID": "1", "LOCALID": "1",
+             "STEP_TASKS_PER_NODE": "4(x2)"}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.delenv("MASTER_ADDR")
+    assert distributed._place() == (5, 8, 1, 4)
+    import os
+
+    assert os.environ["MASTER_ADDR"] == "n1"
+    assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.delenv("MASTER_PORT")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._place() == (3, 4, 1, 2)

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_pipeline import distributed, monitor
+from ssl_pipeline.monitor import Monitor, read_metrics
+
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+def make(folder: Path, start: int = 0) -> Monitor:
+    options = monitor.Options(every_steps=2)
+    return Monitor(options, folder / "metrics.jsonl", folder / "tb", distributed.start(), 4, 10, start_step=start)
+
+
+def values(loss: float) -> dict[str, torch.Tensor]:
+    return {"loss": torch.tensor(loss)}
+
+
+def test_means_over_good_steps_and_a_count_of_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    watch = make(tmp_path)
+    watch.tick(0)
+    for loss, finite in ((1.0, YES), (float("nan"), NO), (3.0, YES)):
+        watch.add(values(loss), finite)
+    assert watch.log(3, 0, {"matrices": 0.1}, bad=2) == 2
+    watch.add(values(float("inf")), NO)
+    watch.log(4, 0, {"matrices": 0.1}, bad=2)
+    watch.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["skipped"], first["bad_pictures"], first["lr_matrices"]) == (2.0, 1, 2, 0.1)
+    assert (second["loss"], second["skipped"]) == (None, 1)
+    assert set(monitor.TIME_KEYS) <= first.keys()
+    line = capsys.readouterr().err.splitlines()[0]
+    for words in (
+        "step 3/10",
+        "loss 2.0000",
+        "images/s",
+        "waiting for data",
+        "left",
+        "skipped 1",
+        "unreadable pictures 2",
+    ):
+        assert words in line
+    assert list((tmp_path / "tb").iterdir())
+
+
+def test_a_restart_continues_one_series(tmp_path: Path) -> None:
+    watch = make(tmp_path)
+    for step in (1, 2, 3, 4):
+        watch.add(values(step), YES)
+        watch.log(step, 0, {}, 0)
+    watch.add(values(10.0), YES)
+    state = watch.state_dict()
+    watch.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # killed while writing
+    again = make(tmp_path, start=2)
+    again.load_state_dict(state)
+    again.add(values(20.0), YES)
+    again.log(3, 0, {}, 0)
+    again.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 15.0)]
+
+
+def test_numbers_that_are_no_json_are_null(tmp_path: Path) -> None:
+    watch = make(tmp_path)
+    watch.add(values(1.0), YES)
+    watch.log(1, 0, {}, 0)  # no interval has a length yet
+    watch.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["images_per_second"] is None
+
+
+def test_views_are_shown_as_pictures(tmp_path: Path) -> None:
+    watch = make(tmp_path)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    pixels = torch.rand(10, 3, 32, 32)
+    view = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    watch.show_views(tmp_path / "views.png", [view, view[..., :20, :20]], [(mean, std)] * 2)
+    watch.close()
+    shown = np.asarray(Image.open(tmp_path / "views.png"))
+    factor = shown.shape[0] // (8 * 36 + 4)
+    first = shown[::factor, ::factor][4:36, 4:36]
+    assert np.abs(first - pixels[0].permute(1, 2, 0).numpy() * 255).max() <= 1

@@ -1,0 +1,382 @@
+"""The loop, end to end on the digits with a tiny network."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_pipeline import checkpoint, config, distributed, monitor, pretrain
+from ssl_pipeline.data.loader import Loader
+from ssl_pipeline.exits import BadInput, Status, StorageFailure
+from ssl_pipeline.methods import byol
+from ssl_pipeline.monitor import TIME_KEYS, read_metrics
+from ssl_pipeline.pretrain import PretrainConfig
+
+METHODS = ["simclr", "byol", "barlow_twins"]
+
+
+def options(root: Path, *overrides: str, method: str = "simclr") -> PretrainConfig:
+    other = {
+        "simclr": [],
+        "byol": ["method={name: byol, predictor_hidden: 64}"],
+        "barlow_twins": ["method={name: barlow_twins}"],
+    }[method]
+    tree = config.load("smoke", [f"data.root={root}", "data.batch_size=16", "monitor.tensorboard=false"])
+    if other:
+        del tree.values["method"]
+        config.apply_overrides(tree, other)
+    config.apply_overrides(tree, overrides)
+    return config.validate(PretrainConfig, tree.values, tree)
+
+
+def series(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.read_newest(run / "checkpoints")
+    return state["model"] | {
+        f"optimizer {p} {n}": v for p, s in state["optimizer"]["state"].items() for n, v in s.items()
+    }
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert series(a) == series(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------ the run folder
+def test_a_run_leaves_all_that_the_design_names(few_digits: Path, tmp_path: Path) -> None:
+    assert (
+        pretrain.pretrain(options(few_digits, "monitor.tensorboard=true", "max_steps=4"), tmp_path / "run")
+        == Status.DONE
+    )
+    run = tmp_path / "run"
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "views.png", "checkpoints", "backbone.pth", "backbone.json",
+            ".lock"} <= names  # fmt: skip
+    assert [row["step"] for row in series(run)] == [1, 2, 3, 4]
+    backbone = torch.load(run / "backbone.pth", weights_only=True)
+    model = checkpoint.read_newest(run / "checkpoints")["model"]
+    assert all(torch.equal(value, model[f"backbone.{name}"]) for name, value in backbone.items())
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="ssl_pipeline")
+    for _ in range(2):
+        assert pretrain.pretrain(options(few_digits, "max_steps=2"), tmp_path) == Status.DONE
+    assert "is finished: 2 steps are done; nothing to do" in caplog.text
+    assert len(series(tmp_path)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_in_mid_epoch_and_resumed_is_not_stopped(few_digits: Path, tmp_path: Path, method: str) -> None:
+    overrides = ["max_steps=16", "monitor.every_steps=2", "optim.name=adam", "optim.learning_rate=1e-3"]
+    assert pretrain.pretrain(options(few_digits, *overrides, method=method), tmp_path / "whole") == Status.DONE
+    for end in ("max_steps=3", "max_steps=14", "max_steps=16"):
+        parts = options(few_digits, *overrides, end, method=method)
+        assert pretrain.pretrain(parts, tmp_path / "parts") == Status.DONE
+    # The ends of the parts are logged too; every other row, and all weights, are those of the whole.
+    whole = {row["step"]: row for row in series(tmp_path / "whole")}
+    parts_rows = {row["step"]: row for row in series(tmp_path / "parts")}
+    assert whole.keys() <= parts_rows.keys()
+    assert all(parts_rows[step] == row for step, row in whole.items() if step != 4)  # its mean began before a row
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def start(few_digits: Path, run: Path, *overrides: str) -> subprocess.Popen:
+    words = [
+        "pretrain",
+        "smoke",
+        f"data.root={few_digits}",
+        "data.batch_size=16",
+        "monitor.tensorboard=false",
+        *overrides,
+        "--output",
+        str(run),
+    ]
+    return subprocess.Popen([sys.executable, "-m", "ssl_pipeline", *words], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_metrics(run / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached: {process.stderr.read() if process.stderr else ''}")
+
+
+def test_killed_in_mid_epoch_and_started_again_is_not_killed(few_digits: Path, tmp_path: Path) -> None:
+    overrides = ["max_steps=200", "epochs=20", "checkpoint.every_steps=7", "checkpoint.every_epochs=null"]
+    quiet = start(few_digits, tmp_path / "quiet", *overrides)
+    assert quiet.wait(timeout=200) == 0
+    killed = start(few_digits, tmp_path / "killed", *overrides)
+    wait_for_step(killed, tmp_path / "killed", 10)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    saved = checkpoint.steps(tmp_path / "killed" / "checkpoints")
+    assert saved
+    assert saved[-1] < 200
+    again = start(few_digits, tmp_path / "killed", *overrides)
+    assert again.wait(timeout=200) == 0
+    assert_same_run(tmp_path / "quiet", tmp_path / "killed")
+
+
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(few_digits: Path, tmp_path: Path) -> None:
+    overrides = ["max_steps=200", "epochs=20", "checkpoint.every_epochs=20"]
+    quiet = start(few_digits, tmp_path / "quiet", *overrides)
+    assert quiet.wait(timeout=200) == 0
+    stopped = start(few_digits, tmp_path / "stopped", *overrides)
+    wait_for_step(stopped, tmp_path / "stopped", 5)
+    second = start(few_digits, tmp_path / "stopped", *overrides)
+    assert second.wait(timeout=60) == Status.BAD_INPUT  # while the first one writes
+    assert f"is being written by process {stopped.pid}" in second.stderr.read()
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(timeout=60) == Status.STOPPED
+    assert "the same command goes on from here" in stopped.stderr.read()
+    assert start(few_digits, tmp_path / "stopped", *overrides).wait(timeout=200) == 0
+    assert_same_run(tmp_path / "quiet", tmp_path / "stopped")
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+def test_two_ranks_of_torchrun_are_one(digits: Path, tmp_path: Path, command: Callable) -> None:
+    for ranks in (1, 2):
+        done = command("pretrain", "smoke", f"data.root={digits}", "--output", tmp_path / str(ranks), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = series(tmp_path / "1"), series(tmp_path / "2")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 21))
+    differences = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, two, strict=True)]
+    print(f"largest relative difference of the loss in 20 steps: {max(differences):.1e}")
+    assert max(differences) <= 1e-4
+    assert one[0]["loss"] - one[-1]["loss"] > 0.01  # it trains: agreement of a standstill would say nothing
+
+
+def test_ranks_that_do_not_divide_the_batch_stop_all(few_digits: Path, tmp_path: Path, command: Callable) -> None:
+    done = command(
+        "pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=63", "--output", tmp_path / "r", ranks=2
+    )
+    assert done.returncode != 0
+    assert "data.batch_size = 63 cannot be divided by 2 ranks: take 62 or 64" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+# ----------------------------------------------------------------------------------------------- no wait for the device
+class Waits(TorchDispatchMode):
+    """Collects operations by which the host would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.armed = False
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.armed:
+            name = func.overloadpacket.__name__
+            to_cpu = name == "_to_copy" and str(kwargs.get("device")) == "cpu" and args[0].device.type != "cpu"
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal") or to_cpu:
+                self.found.append(name)
+        return func(*args, **kwargs)
+
+
+class Reads(TorchFunctionMode):
+    """The same for methods that on a CPU reach no operation: .cpu(), .numpy(), .tolist(), bool() and the like."""
+
+    NAMES = ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero")
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        to_cpu = name == "to" and "cpu" in [value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)]
+        if self.waits.armed and (name in self.NAMES or to_cpu):
+            self.waits.found.append(name)
+        return func(*args, **kwargs)
+
+
+def waits_of_twenty_steps(run_options: PretrainConfig, output: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What waited in steps 2 to 21, outside the loader, the logged step and the checkpoint."""
+    waits = Waits()
+
+    def excused(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            armed, waits.armed = waits.armed, False
+            try:
+                return original(*args, **kwargs)
+            finally:
+                waits.armed = armed
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    excused(Loader, "_take")
+    excused(monitor.Monitor, "log")
+    excused(monitor.Monitor, "show_views")
+    excused(pretrain.checkpoint, "write")
+    excused(pretrain.backbone, "save")
+    excused(distributed, "together")
+    excused(distributed, "gather_values")
+    excused(torch.amp.GradScaler, "state_dict")  # of the checkpoint
+    add = monitor.Monitor.add
+
+    def armed_add(self: Any, *args: Any) -> None:
+        add(self, *args)
+        waits.armed = True
+
+    monkeypatch.setattr(monitor.Monitor, "add", armed_add)
+    with waits, Reads(waits):
+        assert pretrain.pretrain(run_options, output) == Status.DONE
+        waits.armed = False
+    return waits.found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_waits_for_the_device(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, precision: str
+) -> None:
+    chosen = options(
+        few_digits, f"precision={precision}", "epochs=3", "max_steps=21", "monitor.every_steps=1000", method=method
+    )
+    assert waits_of_twenty_steps(chosen, tmp_path, monkeypatch) == []
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 21
+
+
+@pytest.mark.parametrize("sin", ["item", "bool", "cpu", "to"])
+def test_a_wait_would_be_seen(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sin: str) -> None:
+    def after_update(self: Any, progress: Any, rates: Any, finite: torch.Tensor) -> None:
+        {"item": finite.item, "bool": lambda: bool(finite), "cpu": finite.cpu,
+         "to": lambda: finite.to("cpu")}[sin]()  # fmt: skip
+
+    monkeypatch.setattr(byol.Method, "after_update", after_update)
+    chosen = options(few_digits, "max_steps=3", "monitor.every_steps=1000", method="byol")
+    assert waits_of_twenty_steps(chosen, tmp_path, monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------------- bad numbers
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_with_nan_pictures_leaves_every_bit_as_it_was(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    take = Loader._take
+    states: list[dict[str, torch.Tensor]] = []
+    taken = []
+
+    def poisoned(self: Loader) -> Any:
+        batch = take(self)
+        taken.append(batch)
+        if len(taken) == 3:
+            batch.views[0][0] = float("nan")
+        return batch
+
+    build = pretrain.build_method
+
+    def watched(run_options: PretrainConfig) -> Any:
+        made = build(run_options)
+        put_back = pretrain._put_back_unless
+
+        def spy(finite: torch.Tensor, module: Any, copies: Any) -> None:
+            put_back(finite, module, copies)
+            states.append({n: v.clone() for n, v in module.state_dict().items()})
+
+        monkeypatch.setattr(pretrain, "_put_back_unless", spy)
+        return made
+
+    monkeypatch.setattr(Loader, "_take", poisoned)
+    monkeypatch.setattr(pretrain, "build_method", watched)
+    pretrain.pretrain(options(few_digits, "max_steps=5", "optim.name=adam", method=method), tmp_path)
+    assert all(torch.equal(states[1][name], value) for name, value in states[2].items())
+    assert any(not torch.equal(states[2][name], value) for name, value in states[3].items())
+    assert [row["skipped"] for row in series(tmp_path)] == [0, 0, 1, 0, 0]
+    assert [row["loss"] is None for row in series(tmp_path)] == [False, False, True, False, False]
+    assert all(torch.isfinite(value).all() for value in states[-1].values())
+
+
+def test_fp16_overflow_is_skipped_and_the_scale_falls_and_is_saved(few_digits: Path, tmp_path: Path) -> None:
+    chosen = options(few_digits, "precision=fp16", "max_steps=3", "optim.learning_rate=1e-3")
+    pretrain.pretrain(chosen, tmp_path)
+    state = checkpoint.read_newest(tmp_path / "checkpoints")
+    assert state["scaler"]["scale"] > 0
+    skipped = sum(row["skipped"] for row in series(tmp_path))
+    assert state["scaler"]["scale"] == 65536.0 * 0.5**skipped
+    assert pretrain.pretrain(chosen.model_copy(update={"max_steps": 4}), tmp_path) == Status.DONE
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+def test_bad_input_is_refused_before_anything_happens(few_digits: Path, tmp_path: Path) -> None:
+    for overrides, words in (
+        (["data.root=/nowhere"], r"no folder '/nowhere/train'.*data.root"),
+        (["data.batch_size=2000"], r"160 pictures, fewer than data.batch_size = 2000"),
+        (["optim.warmup_epochs=5"], r"warm-up of 50 steps does not end within the run's 20"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            pretrain.pretrain(options(few_digits, *overrides), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    for overrides, words in (
+        (["data.views.0.count=3"], "simclr uses 2 views and data.views makes 3"),
+        (["head.kind=identity"], "head.kind = identity has none"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            options(few_digits, *overrides)
+    with pytest.raises(BadInput, match="70 ranks are more than data.batch_size = 16"):
+        pretrain.require_possible(options(few_digits), 70, 1437)
+
+
+def test_a_checkpoint_of_another_method_or_shape_is_refused(few_digits: Path, tmp_path: Path) -> None:
+    pretrain.pretrain(options(few_digits, "max_steps=2"), tmp_path)
+    changed = options(few_digits, "max_steps=4", method="byol")
+    with pytest.raises(BadInput, match=r"belongs to another config .*method.name: 'simclr' there, 'byol' now"):
+        pretrain.pretrain(changed, tmp_path)
+    # The same with config.yaml removed from the way: the checkpoint itself is asked.
+    for other, words in (
+        (changed, "checkpoint is of method simclr and the config of byol"),
+        (options(few_digits, "max_steps=4", "head.output=16"), r"head.layers.0.weight is \(32, 64\), not \(16, 64\)"),
+    ):
+        (tmp_path / "config.yaml").write_text(config.dump_yaml(other.model_dump(mode="json")))
+        with pytest.raises(BadInput, match=words):
+            pretrain.pretrain(other, tmp_path)
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StorageFailure, match="the checkpoints of this run need"):
+        pretrain.pretrain(options(few_digits), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_too_many_bad_pictures_stop_the_run_with_the_list(few_digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(few_digits, tmp_path / "d")
+    for path in sorted((tmp_path / "d" / "train" / "3").glob("*.png"))[:8]:
+        path.write_bytes(b"no picture")
+    with pytest.raises(BadInput, match=r"of 160 pictures are unreadable, more than data.max_bad_fraction = 0.01.*3/0"):
+        pretrain.pretrain(options(tmp_path / "d", "monitor.every_steps=4"), tmp_path / "run")
+    allowed = options(tmp_path / "d", "data.max_bad_fraction=0.1", "epochs=1", "max_steps=null")
+    assert pretrain.pretrain(allowed, tmp_path / "run2") == Status.DONE
+    assert series(tmp_path / "run2")[-1]["bad_pictures"] == 8
