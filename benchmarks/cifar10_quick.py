@@ -10,6 +10,7 @@ Rows that are done are not done again, and a row that was stopped goes on from i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from ssl_pipeline import __version__, config
 from ssl_pipeline.data.index import image_folder
 from ssl_pipeline.evaluation import features, knn
 from ssl_pipeline.exits import Status
+from ssl_pipeline.monitor import read_metrics
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
 
 ROWS = {"SimCLR": "cifar10/simclr", "SimCLR + SparseHead": "cifar10/simclr_sparsehead"}
@@ -53,10 +55,12 @@ def row(name: str, data: Path, work: Path, epochs: int, seed: int) -> dict[str, 
     ]  # fmt: skip
     options = config.validate(PretrainConfig, config.load(ROWS[name], overrides).values)
     run = work / ROWS[name].replace("/", "_")
-    start = time.monotonic()
     if pretrain(options, run) != Status.DONE:
         raise SystemExit(int(Status.STOPPED))
-    seconds = time.monotonic() - start
+    # From the logged rates, which a stop and a restart leave whole; the row before the clock first ran has none.
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *rows])]
+    seconds = sum(n * 256 / r["images_per_second"] for n, r in zip(steps, rows, strict=True) if r["images_per_second"])
     scores = {}
     for label, untrained in (("before", True), ("after", False)):
         result = knn.run(knn.Options(features=features.options(run, random_init=untrained), cosine_k=[]))
@@ -92,7 +96,7 @@ def table(rows: list[dict[str, object]]) -> str:
         "",
         f"{len(os.sched_getaffinity(0))} cores of {processor}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, ssl_pipeline {__version__}; {time.strftime('%Y-%m-%d')}.",
-        "Seconds are of pretraining alone and of a machine that may have been doing other things.",
+        "Seconds are of pretraining alone; the machine was also running tests.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -52,11 +52,17 @@ def build(options: Options) -> nn.Module:
     if options.stem != "standard":
         if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
             raise BadInput(f"`backbone.stem` = {options.stem!r} fits ResNets only; {options.name} takes stem=standard")
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        stem = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        model.add_module("conv1", stem)
         if options.stem == "small":
-            model.maxpool = nn.Identity()
+            model.add_module("maxpool", nn.Identity())
     return model
+
+
+def width(backbone: nn.Module) -> int:
+    """D, the dimension of the features."""
+    return backbone.num_features  # type: ignore[return-value]
 
 
 def save(backbone: nn.Module, options: Options, path: Path) -> None:

@@ -24,7 +24,7 @@ class Preemption:
     def __init__(self) -> None:
         self._signalled = False
         self._old: dict[signal.Signals, Any] = {}
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self._sum = np.zeros(1, dtype=np.int64)  # read through numpy: no tensor operation, no wait for a device
         self._tensor = torch.from_numpy(self._sum)
         self._pending: dist.Work | None = None

@@ -91,7 +91,7 @@ def build_method(options: PretrainConfig) -> Method:
     """The method with freshly initialised weights, a function of the seed. The backbone is initialised first."""
     torch.manual_seed(options.seed)
     network = backbone.build(options.backbone)
-    projection = ProjectionHead(options.head, int(network.num_features))
+    projection = ProjectionHead(options.head, backbone.width(network))
     return methods.build(options.method, network, projection)
 
 

@@ -80,7 +80,7 @@ class _Prepared:
 def picture_size(data: np.ndarray) -> tuple[int, int]:
     """(height, width) from the header of an encoded picture. Raises ValueError saying why it is none."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(data.tobytes()), formats=FORMATS) as picture:
             width, height = picture.size
     except Exception as error:  # PIL raises many types on damaged headers; all mean the same here
         raise ValueError(f"no picture: {type(error).__name__}" if len(data) else "the file is empty") from None

@@ -54,7 +54,7 @@ class Method(methods.Method):
 
     def objective(self, views: list[Tensor]) -> Objective:
         features = [self.backbone(view) for view in views]
-        embeddings = [upcast(self.head(feature)) for feature in features]
+        z1, z2 = (upcast(self.head(feature)) for feature in features)
         with full_precision(views[0]):
-            loss = barlow_twins_loss(*embeddings, self.options.off_diagonal_weight)
-        return Objective(loss, features[0], embeddings[0])
+            loss = barlow_twins_loss(z1, z2, self.options.off_diagonal_weight)
+        return Objective(loss, features[0], z1)
