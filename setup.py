@@ -23,7 +23,7 @@ setup(
     package_dir={"ssl_pipeline.configs": "configs"},
     package_data={"ssl_pipeline.configs": ["**/*.yaml"], "ssl_pipeline.evaluation": ["*.yaml"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "torchvision",
         "timm>=1.0",
         "submitit",

@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ssl_pipeline import config
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, StorageFailure
 
 
 class Options(config.Options):
@@ -62,18 +62,26 @@ def build(options: Options) -> nn.Module:
 
 def width(backbone: nn.Module) -> int:
     """D, the dimension of the features."""
-    return backbone.num_features  # type: ignore[return-value]
+    # timm networks with a wider last layer before the classifier (MobileNetV3) say so by this name.
+    return getattr(backbone, "head_hidden_size", None) or backbone.num_features  # type: ignore[return-value]
 
 
 def save(backbone: nn.Module, options: Options, path: Path) -> None:
-    """Write the bare weights to `path` (torchvision's names for a ResNet) and the options beside it, as JSON."""
+    """Write the bare weights to `path` (torchvision's names for a ResNet) and the options beside it, as JSON.
+
+    Raises StorageFailure.
+    """
     weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     partial = path.with_name(f".{path.name}.partial")
-    torch.save(weights, partial)
     partial_options = path.with_name(f".{path.stem}.json.partial")
-    partial_options.write_text(json.dumps(options.model_dump(mode="json"), indent=2) + "\n")
-    os.replace(partial_options, path.with_suffix(".json"))
-    os.replace(partial, path)
+    try:
+        torch.save(weights, partial)
+        partial_options.write_text(json.dumps(options.model_dump(mode="json"), indent=2) + "\n")
+        os.replace(partial_options, path.with_suffix(".json"))
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise StorageFailure(f"cannot write {path}: {error}; free room and give the same command again") from None
 
 
 def options_beside(path: Path) -> Options | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ssl_pipeline import __version__
-from ssl_pipeline.exits import Status, Stop
+from ssl_pipeline.exits import BadInput, Status, Stop
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -33,6 +33,8 @@ def show_config(args: argparse.Namespace) -> int:
     if args.config is None:
         print("\n".join(config.packaged_names()))
         return Status.DONE
+    if args.ranks < 1:
+        raise BadInput(f"--ranks {args.ranks} is no number of processes: give 1 or more")
     tree = config.load(args.config, args.overrides)
     options = config.validate(PretrainConfig, tree.values, tree)
     values = options.model_dump(mode="json")
@@ -181,18 +183,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="ssl-pipeline: %(message)s", stream=sys.stderr)
     logging.getLogger("ssl_pipeline").setLevel(logging.INFO)
     try:
-        return int(args.action(args))
+        status = int(args.action(args))
+        if "torch.distributed" in sys.modules:
+            from ssl_pipeline import distributed
+
+            distributed.stop()  # not after an error: the others may be in a collective, and leaving could wait for them
+        return status
     except Stop as stop:
         if str(stop):  # empty on the ranks that stop because another one did
             print(f"ssl-pipeline: {stop}", file=sys.stderr)
         return int(stop.status)
     except BrokenPipeError:
         return int(Status.DONE)
-    finally:
-        if "torch.distributed" in sys.modules:
-            from ssl_pipeline import distributed
-
-            distributed.stop()
 
 
 def tool(verb: str) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -59,12 +60,14 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
         device = torch.device("cpu")
     else:
         count = torch.accelerator.device_count()
-        if local_size > count:
+        # Under srun --gpus-per-task=1 each task sees its own device only, as number 0.
+        bound = count == 1 and "RANK" not in os.environ
+        if local_size > count and not bound:
             raise BadInput(
                 f"{local_size} processes on a node with {count} accelerators; start one process an accelerator"
             )
-        device = torch.device(accelerator.type, local_rank)
-        torch.accelerator.set_device_index(local_rank)
+        device = torch.device(accelerator.type, 0 if bound else local_rank)
+        torch.accelerator.set_device_index(device.index)
     if not dist.is_initialized():
         backend = (
             "gloo"
@@ -177,6 +180,17 @@ def gather_values(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def union(numbers: Collection[int]) -> set[int]:
+    """All numbers, 0 and above, that any rank holds."""
+    most = torch.tensor(len(numbers))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if not int(most):
+        return set()
+    row = torch.full((int(most),), -1)
+    row[: len(numbers)] = torch.tensor(sorted(numbers), dtype=torch.int64)
+    return set(gather_values(row).flatten().tolist()) - {-1}
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of each channel of x (N, C, ...) over the whole batch of all ranks, and its count.
 
@@ -193,7 +207,8 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
 class BatchNorm(_BatchNorm):
     """Batch normalisation over all ranks on any device, with torch's names of parameters and buffers.
 
-    torch's own SyncBatchNorm raises on the CPU. Takes inputs (N, C) or (N, C, H, W).
+    torch's own SyncBatchNorm raises on the CPU. Takes inputs (N, C) or (N, C, H, W). Layers that the replaced norm held
+    (timm's BatchNormAct2d holds dropout and activation) are applied to its output.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -203,9 +218,8 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            x = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return self._held(x)
         # Half-precision activations are summed in fp32, as in torch's kernels.
         x = input if input.dtype == torch.float64 else input.float()
         mean, variance, count = batch_statistics(x)
@@ -220,7 +234,12 @@ class BatchNorm(_BatchNorm):
         x = (x - mean.reshape(shape)) * (variance + self.eps).rsqrt().reshape(shape)
         if self.affine:
             x = x * self.weight.reshape(shape) + self.bias.reshape(shape)
-        return x.to(input.dtype)
+        return self._held(x.to(input.dtype))
+
+    def _held(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 def _global_batch_norm(module: nn.Module) -> nn.Module:
@@ -228,6 +247,7 @@ def _global_batch_norm(module: nn.Module) -> nn.Module:
     if isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm):
         new = BatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
         new._parameters, new._buffers, new.training = module._parameters, module._buffers, module.training
+        new._modules = module._modules
         return new
     for name, child in module.named_children():
         setattr(module, name, _global_batch_norm(child))
@@ -238,7 +258,8 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     """`module` with batch statistics over all ranks: torch's SyncBatchNorm on an accelerator, ours elsewhere."""
     if dist.get_world_size() == 1:
         return module  # one rank's batch is the whole batch: torch's fused kernel is the same, and faster
-    return _global_batch_norm(module) if device.type == "cpu" else nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    # timm's converter is torch's, and keeps the activations within timm's norms.
+    return _global_batch_norm(module) if device.type == "cpu" else convert_sync_batchnorm(module)
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
@@ -258,14 +279,15 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------------- one for all ranks
 def together(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it raises Stop on any, all ranks stop, instead of waiting for those that left."""
-    caught: Stop | None = None
+    """Run `action` on every rank; if it raises on any, all ranks stop, instead of waiting for those that left."""
+    caught: Exception | None = None
     result: T | None = None
     try:
         result = action()
-    except Stop as error:
+    except Exception as error:
         caught = error
-    worst = torch.tensor(0 if caught is None else int(caught.status))
+    status = Status.DONE if caught is None else caught.status if isinstance(caught, Stop) else Status.CRASH
+    worst = torch.tensor(int(status))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if caught is not None:
         raise caught

@@ -106,25 +106,23 @@ class Monitor:
             self._sums = rows[self.world.rank] if len(rows) == self.world.size else rows.mean(dim=0)
 
     # --------------------------------------------------------------------------------------------------- every interval
-    def log(self, step: int, epoch: int, rates: dict[str, float], bad: int) -> int:
+    def log(self, step: int, epoch: int, rates: dict[str, float], bad: int) -> None:
         """Read the sums of all ranks and write them as the values of `step` (steps done). All ranks must call it.
 
-        Returns the unreadable pictures that all ranks met, of which this rank met `bad`.
+        `bad` is the number of unreadable pictures that the ranks together met.
         """
         assert self._sums is not None
-        extra = torch.tensor([float(bad)], device=self._sums.device)
-        *means, finite, skipped, bad_mean = distributed.mean_over_ranks(torch.cat([self._sums, extra])).tolist()
+        *means, finite, skipped = distributed.mean_over_ranks(self._sums).tolist()
         self._sums = None
         now = time.monotonic()
         seconds = now - self._clock if self._clock is not None else math.nan
         done = step - self._since
         rate = done * self.batch_size / seconds if seconds > 0 else math.nan
         left = (self.steps - step) * self.batch_size / rate if rate > 0 else math.nan
-        all_bad = round(bad_mean * self.world.size)
         values: dict[str, float | None] = {"step": step, "epoch": epoch}
         values |= {name: mean / finite if finite else None for name, mean in zip(self._names, means, strict=True)}
         values |= {f"lr_{name}": value for name, value in rates.items()}
-        values |= {"skipped": round(skipped), "bad_pictures": all_bad}
+        values |= {"skipped": round(skipped), "bad_pictures": bad}
         times = (rate, self._waited / seconds if seconds > 0 else math.nan, left)
         values |= {k: v if math.isfinite(v) else None for k, v in zip(TIME_KEYS, times, strict=True)}
         if self.world.is_main:
@@ -135,7 +133,6 @@ class Monitor:
                     self._writer.add_scalar(name, value, step)
             print(self._line(values), file=sys.stderr, flush=True)
         self.tick(step)
-        return all_bad
 
     def tick(self, step: int) -> None:
         """Start the clock of the next interval: after `step` steps, and after anything that is no training."""

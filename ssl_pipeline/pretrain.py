@@ -149,6 +149,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     if options.precision == "fp16" and device.type == "cpu":
         log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
+    if world.is_main:
+        log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
     distributed.together(lambda: _require_room(method, optimizer, options, run) if world.is_main else None)
 
     watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step)
@@ -172,8 +174,9 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
         distributed.together(lambda: write(state) if world.is_main else None)
 
     def write(state: dict[str, Any]) -> None:
-        checkpoint.write(run.checkpoints, state, options.checkpoint.keep)
+        # In this order a run whose last checkpoint exists has its backbone too.
         backbone.save(method.evaluated_backbone(), options.backbone, run.backbone)
+        checkpoint.write(run.checkpoints, state, options.checkpoint.keep)
 
     method.train()
     watch.tick(step)
@@ -199,7 +202,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 norm = nn.utils.get_total_norm(optim.gradients(optimizer))
                 finite = torch.isfinite(norm)
                 optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-                scaler.step(optimizer)
+                optimizer.step()  # not the scaler's step, which would decide anew what is finite
                 scaler.update()
                 method.after_update(progress, rates, finite)
                 _put_back_unless(finite, method, statistics)
@@ -209,7 +212,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
 
                 last = step == end
                 if last or step % options.monitor.every_steps == 0:
-                    bad = watch.log(step, data.epoch, rates, len(data.bad))
+                    bad = len(data.all_bad())
+                    watch.log(step, data.epoch, rates, bad)
                     _require_readable(bad, data, options.data.max_bad_fraction)
                 stop = preemption.requested()
                 if last or stop or options.checkpoint.due(step, len(data)):
@@ -243,7 +247,7 @@ def _require_readable(bad: int, data: Loader, most: float) -> None:
     if bad > most * len(data.index):
         raise BadInput(
             f"{bad} of {len(data.index)} pictures are unreadable, more than data.max_bad_fraction = {most}; "
-            f"of them on this rank {data.bad_summary()}"
+            f"mend them or raise data.max_bad_fraction; on this rank {data.bad_summary()}"
         )
 
 
@@ -305,7 +309,7 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
         "steps": samples // batch * options.epochs if samples else "unknown",
         "learning rate": rate if rate == rate_1d else f"{rate} (biases and norms {rate_1d})",
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
-        "head": f"{options.head.kind} {method.backbone.num_features} -> {method.head.outputs}",
+        "head": f"{options.head.kind} {backbone.width(method.backbone)} -> {method.head.outputs}",
         "last layer": "none" if last is None else f"{last.in_features} -> {last.out_features}",
         "SparseHead": f"{options.head.sparse.weight} x L2,1 of {options.head.sparse.groups}"
         if options.head.sparse.weight

@@ -13,7 +13,15 @@ from typing import IO, Any
 from ssl_pipeline import config
 from ssl_pipeline.exits import BadInput, StorageFailure
 
-CHANGEABLE = ("data.threads", "data.readers", "data.prefetch", "monitor.", "checkpoint.", "max_steps")
+CHANGEABLE = (
+    "data.threads",
+    "data.readers",
+    "data.prefetch",
+    "data.max_bad_fraction",
+    "monitor.",
+    "checkpoint.",
+    "max_steps",
+)
 """Keys in which a second start of a run may differ from the first: they do not change what is computed."""
 
 
@@ -61,8 +69,11 @@ class RunFolder:
         elif any(self.checkpoints.glob("*.pt")):
             raise BadInput(f"{str(self.path)!r} holds checkpoints but no config.yaml: name another --output")
         partial = self.path / ".config.yaml.partial"
-        partial.write_text(config.dump_yaml(values), encoding="utf-8")
-        os.replace(partial, self.config)
+        try:
+            partial.write_text(config.dump_yaml(values), encoding="utf-8")
+            os.replace(partial, self.config)
+        except OSError as error:
+            raise StorageFailure(f"cannot write {self.config}: {error}; free room or name another --output") from None
 
     def _require_same(self, values: Mapping[str, Any]) -> None:
         old = config.flatten(self.read_config())

@@ -98,3 +98,10 @@ def test_a_strangers_file_runs_no_code(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BadInput):
         backbone.load(Path("evil.pth"), backbone.Options(name="resnet18"))
     assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224"])
+def test_width_is_that_of_the_features(name: str) -> None:
+    model = backbone.build(backbone.Options(name=name)).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, backbone.width(model))

@@ -28,6 +28,7 @@ def test_a_mistyped_key_names_the_nearest_and_exits_2(command: Callable, tmp_pat
     [
         (["config", "cifar10/simcl"], "the nearest is `cifar10/simclr`"),
         (["config", "cifar10/simclr", "optim.learning_rate=fast"], "`optim.learning_rate` = 'fast' (command line)"),
+        (["config", "cifar10/simclr", "--ranks", "0"], "--ranks 0 is no number of processes"),
         (["config", "cifar10/simclr", "--ranks", "3"], "cannot be divided by 3 ranks"),
         (["config", "cifar10/simclr", "backbone.name=resnet17"], "is no timm model"),
         (["pretrain", "cifar10/simclr", "data.root=nowhere", "--output", "x"], "no folder 'nowhere/train'"),

@@ -1,4 +1,7 @@
+import copy
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -117,3 +120,42 @@ def test_place_from_torchrun_slurm_or_alone(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert distributed._place() == (3, 4, 1, 2)
+
+
+def test_timms_norms_keep_their_activations() -> None:
+    torch.manual_seed(0)
+    old = timm.create_model("regnety_002", num_classes=0)
+    x = torch.randn(4, 3, 64, 64)
+    training = old.train()(x)
+    new = distributed._global_batch_norm(copy.deepcopy(old))
+    assert list(new.state_dict()) == list(old.state_dict())
+    torch.testing.assert_close(new(x), training, rtol=1e-3, atol=1e-3)
+    old(x)  # its statistics have then seen as many batches
+    torch.testing.assert_close(new.eval()(x), old.eval()(x), rtol=1e-2, atol=1e-2)
+
+
+def _unions() -> list[list[int]]:
+    mine = [[], [7, 3], [9]][distributed.rank()]
+    return [sorted(distributed.union(mine)), sorted(distributed.union([]))]
+
+
+def test_union_over_ranks() -> None:
+    assert on_ranks(3, _unions) == [[[3, 7, 9], []]] * 3
+
+
+def _crashing() -> list[int]:
+    def action() -> None:
+        if distributed.rank() == 0:
+            raise ZeroDivisionError
+
+    try:
+        distributed.together(action)
+    except ZeroDivisionError:
+        return [0]
+    except Stop as stop:
+        return [int(stop.status)]
+    return [-1]
+
+
+def test_a_crash_on_one_rank_stops_the_others() -> None:
+    assert on_ranks(2, _crashing) == [[0], [Status.CRASH]]

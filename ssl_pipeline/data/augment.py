@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 
 from ssl_pipeline import config
 from ssl_pipeline.data import randomness
+from ssl_pipeline.exits import BadInput
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
@@ -379,6 +380,13 @@ class ViewSpec(config.Options):
                 arrays += op.parameters(u[:, place : place + op.draws], sizes, self.size)
                 sizes = op.output_sizes(sizes, self.size)
                 place += op.draws
+        wrong = (sizes != self.size).any(axis=1)
+        if wrong.any():
+            height, width = sizes[wrong][0]
+            raise BadInput(
+                f"a picture of {height} x {width} pixels comes to a view of size {self.size} that resizes nothing: "
+                f"add {{op: crop_resize}} or {{op: center_crop, resize: {self.size}}} to the view's ops"
+            )
         return arrays
 
     def nodes(self, images: Any, arguments: Sequence[Any]) -> Any:

@@ -49,8 +49,7 @@ def image_folder(root: Path, *, option: str = "data.root") -> Index:
             f"no folder {str(root)!r}: point {option} at a data set laid out as train/<class>/<picture> and "
             "val/<class>/<picture>, or make one with `ssl-pipeline prepare-data NAME OUT`"
         )
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    classes = class_names(root)
     if not classes:
         raise BadInput(f"{str(root)!r} holds no class folders: lay pictures out as {root}/<class>/<picture>")
     paths: list[str] = []
@@ -63,6 +62,12 @@ def image_folder(root: Path, *, option: str = "data.root") -> Index:
         paths += found
         labels += [label] * len(found)
     return Index(root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(classes))
+
+
+def class_names(root: Path) -> list[str]:
+    """Names of the class folders, sorted."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _pictures(folder: Path, prefix: str) -> list[str]:

@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline import config
+from ssl_pipeline import config, distributed
 from ssl_pipeline.data import randomness
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.index import Index
@@ -88,7 +88,8 @@ def picture_size(data: np.ndarray) -> tuple[int, int]:
 
 
 def _threads(options_threads: int | None, world: World) -> int:
-    return options_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    # Under srun --cpus-per-task the affinity is this task's own share already.
+    return options_threads or min(len(os.sched_getaffinity(0)), max(1, (os.cpu_count() or 1) // world.local_size))
 
 
 def require_dali() -> None:
@@ -162,8 +163,13 @@ class Loader:
 
     # ------------------------------------------------------------------------------------------------------- its state
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch lies. Equal on all ranks but for `bad`."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "bad": dict(self.bad)}
+        """Where the next batch lies, and what is unreadable: the same on all ranks, which must all call it."""
+        reasons = {sample: self.bad.get(sample, "met by another rank") for sample in sorted(self.all_bad())}
+        return {"epoch": self.epoch, "consumed": self.consumed, "bad": reasons}
+
+    def all_bad(self) -> set[int]:
+        """Unreadable samples that any rank met. All ranks must call it."""
+        return distributed.union(list(self.bad))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; what was made ahead is dropped."""
@@ -184,7 +190,7 @@ class Loader:
             self._next = (self.epoch, self.consumed // self.batch_size)
             self._pipeline = self._build()
         try:
-            outputs = self._pipeline.run()
+            outputs = self._run()
         except RuntimeError as error:
             outputs = self._without_the_undecodable(error)
         prepared = self._inside.popleft()
@@ -195,11 +201,17 @@ class Loader:
             labels = labels.pin_memory().to(device, non_blocking=True)
         return Batch(views, labels, prepared.ids)
 
+    def _run(self) -> Any:
+        """DALI's outputs, ordered on torch's stream: without one, DALI would make the host wait."""
+        device = self.world.device
+        return self._pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
         gpu = self.world.device.type == "cuda"
-        counts = [len(view.parameters(0, 0, np.zeros(1, dtype=np.int64), 0, np.ones((1, 2)))) for view in self.views]
+        one = np.zeros(1, dtype=np.int64)
+        counts = [len(view.parameters(0, 0, one, 0, np.full((1, 2), view.size))) for view in self.views]
 
         @pipeline_def(
             batch_size=-(-self.batch_size // self.world.size),
@@ -309,7 +321,7 @@ class Loader:
         found = False
         for prepared in suspects:
             for sample, data in zip(prepared.ids, prepared.arrays[0], strict=True):
-                if not decodes(data):
+                if not decodes(data, self.world.device):
                     self._mark_bad(int(sample), "DALI cannot decode it")
                     found = True
         if not found:
@@ -318,18 +330,21 @@ class Loader:
         self._next = (self.epoch, self.consumed // self.batch_size)
         self._pipeline = self._build()
         try:
-            return self._pipeline.run()
+            return self._run()
         except RuntimeError as again:
             return self._without_the_undecodable(again)  # ends: each round marks at least one more file
 
 
-def decodes(data: np.ndarray) -> bool:
-    """Whether DALI decodes this picture on the CPU."""
+def decodes(data: np.ndarray, device: torch.device) -> bool:
+    """Whether DALI decodes this picture, by the decoder of that device."""
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    gpu = device.type == "cuda"
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device.index if gpu else None, prefetch_queue_depth=1)
     def graph() -> Any:
-        return fn.decoders.image(fn.external_source(source=lambda: [data], batch=True), output_type=types.RGB)
+        encoded = fn.external_source(source=lambda: [data], batch=True)
+        return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
 
     try:
         pipeline = graph()

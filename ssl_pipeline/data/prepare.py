@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ssl_pipeline.data.index import EXTENSIONS, image_folder
+from ssl_pipeline.data.index import EXTENSIONS, class_names, image_folder
 from ssl_pipeline.exits import BadInput
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
@@ -54,7 +54,11 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = ()) -> dict[str, int
                     f"the source holds no {split} pictures; it needs train/<class>/ and val/<class>/ (or test/)"
                 )
             counts[split] = len(image_folder(working / split))
+        if class_names(working / "train") != class_names(working / "val"):
+            raise BadInput("the source's train and val hold different classes; a classifier needs the same in both")
         os.replace(working, out)
+    except (OSError, tarfile.TarError) as error:
+        raise BadInput(f"cannot make {str(out)!r}: {error}") from None
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return counts

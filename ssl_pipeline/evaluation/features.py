@@ -14,7 +14,7 @@ from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import ViewSpec
-from ssl_pipeline.data.index import image_folder
+from ssl_pipeline.data.index import class_names, image_folder
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import RunFolder
@@ -74,6 +74,12 @@ def extract(options: Options, split: str) -> tuple[Tensor, Tensor]:
     """
     world = distributed.start()
     index = image_folder(options.root / split)
+    for other in ("train", "val"):
+        if (options.root / other).is_dir() and class_names(options.root / other) != list(index.classes):
+            raise BadInput(
+                f"{str(options.root / other)!r} and {str(options.root / split)!r} hold different class folders, so their "
+                "labels would not mean the same: give both the same ones"
+            )
     if options.weights is None:
         torch.manual_seed(options.seed)
         network = backbones.build(options.backbone)

@@ -167,7 +167,7 @@ def test_what_only_dali_cannot_decode_is_found(photos: Path, tmp_path: Path) -> 
     damaged[place + 4 : place + 30] = bytes(26)
     (folder / "3.jpg").write_bytes(damaged)
     assert loader.picture_size(np.frombuffer(bytes(damaged), dtype=np.uint8))
-    assert not loader.decodes(np.frombuffer(bytes(damaged), dtype=np.uint8))
+    assert not loader.decodes(np.frombuffer(bytes(damaged), dtype=np.uint8), torch.device("cpu"))
     data = make(tmp_path, batch=4)
     rows = seen(data, epochs=2)
     assert data.bad == {3: "DALI cannot decode it"}
@@ -204,3 +204,14 @@ def test_additional_photographs_are_read(test_data: Path, tmp_path: Path) -> Non
     rows = seen(data)
     assert sorted(i for _, i, _ in rows) == list(range(200))
     assert data.bad == {}
+
+
+@pytest.mark.parametrize("sizes", [[(32, 32), (40, 32)], [(64, 64)] * 2])
+def test_pictures_that_do_not_have_the_views_size_are_refused(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
+    for number, (height, width) in enumerate(sizes):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (width, height)).save(tmp_path / "a" / f"{number}.png")
+    plain = config.validate(ViewSpec, {"size": 32, "ops": [{"op": "normalize"}]})
+    data = Loader(image_folder(tmp_path), [plain], 2, seed=0, world=place(0, 1), threads=1, training=False)
+    with pytest.raises(BadInput, match=r"a view of size 32 that resizes nothing: add .op: crop_resize"):
+        next(iter(data))

@@ -36,10 +36,10 @@ def tar(path: Path, names: list[str]) -> Path:
 
 def test_from_tars_and_folders(tmp_path: Path) -> None:
     train = tar(tmp_path / "a.tar", ["train/cat/1.jpg", "deep/train/dog/2.JPEG", "train/dog/readme.txt"])
-    test = tar(tmp_path / "b.tar", ["test/cat/3.jpg"])
-    assert prepare("cifar10", tmp_path / "out", [train, test]) == {"train": 2, "val": 1}
+    test = tar(tmp_path / "b.tar", ["test/cat/3.jpg", "test/dog/4.jpg"])
+    assert prepare("cifar10", tmp_path / "out", [train, test]) == {"train": 2, "val": 2}
     assert (tmp_path / "out" / "train" / "dog" / "2.JPEG").read_bytes() == b"jpeg"
-    assert prepare("folder", tmp_path / "again", [tmp_path / "out"]) == {"train": 2, "val": 1}
+    assert prepare("folder", tmp_path / "again", [tmp_path / "out"]) == {"train": 2, "val": 2}
 
 
 def test_a_hostile_tar_writes_nothing_outside(tmp_path: Path) -> None:
@@ -56,10 +56,15 @@ def test_a_hostile_tar_writes_nothing_outside(tmp_path: Path) -> None:
         ("folder", [], "needs --source"),
         ("folder", ["gone.tar"], "neither a folder nor a tar"),
         ("folder", ["train_only.tar"], "holds no val pictures"),
+        ("folder", ["train_only.tar", "other_val.tar"], "different classes"),
+        ("folder", ["cut.tar"], "cannot make"),
     ],
 )
 def test_bad_input(tmp_path: Path, name: str, sources: list[str], words: str) -> None:
     tar(tmp_path / "train_only.tar", ["train/a/1.jpg"])
+    tar(tmp_path / "other_val.tar", ["val/b/1.jpg"])
+    whole = tar(tmp_path / "whole.tar", ["train/a/1.jpg", "train/a/2.jpg", "val/a/1.jpg"]).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:514])
     with pytest.raises(BadInput, match=words):
         prepare(name, tmp_path / "out", [tmp_path / source for source in sources])
     assert not (tmp_path / "out").exists()

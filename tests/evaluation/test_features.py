@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,11 @@ def test_sources_that_do_not_do(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config.dump_yaml(config.load("smoke").values))
     with pytest.raises(BadInput, match=r"no backbone.pth yet"):
         features.options(tmp_path)
+
+
+def test_splits_of_different_classes_are_refused(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / "val" / "china")
+    options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW)
+    with pytest.raises(BadInput, match="different class folders"):
+        features.extract(options, "val")
