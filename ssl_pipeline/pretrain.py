@@ -71,6 +71,8 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     """
     world = distributed.start()
     run = RunFolder(output)
+    if not world.is_main:
+        log.setLevel(logging.WARNING)  # one rank tells how the run goes; each names the files that it cannot read
 
     def open_run() -> Index:
         require_dali()
@@ -149,13 +151,14 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     if options.precision == "fp16" and device.type == "cpu":
         log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
-    if world.is_main:
-        log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
+    log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
     distributed.together(lambda: _require_room(method, optimizer, options, run) if world.is_main else None)
 
+    if state:
+        distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
     watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step)
     if state:
-        distributed.together(lambda: _restore(state, method, optimizer, scaler, data, watch, world))
+        watch.load_state_dict(state["monitor"])
         log.info("going on with %s after step %d of %d", run.path, step, end)
 
     def save() -> None:
@@ -219,7 +222,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 if last or stop or options.checkpoint.due(step, len(data)):
                     save()
                     if stop and not last:
-                        log.warning("stopped by a signal after step %d; the same command goes on from here", step)
+                        log.info("stopped by a signal after step %d; the same command goes on from here", step)
                         watch.close()
                         return Status.STOPPED
                 if last:
@@ -266,7 +269,6 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     data: Loader,
-    watch: Monitor,
     world: distributed.World,
 ) -> None:
     """Put a checkpoint's state back. Raises BadInput where it belongs to another method or other shapes."""
@@ -280,7 +282,6 @@ def _restore(
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     data.load_state_dict(state["loader"])
-    watch.load_state_dict(state["monitor"])
     if len(state["random"]) == world.size:
         torch.set_rng_state(state["random"][world.rank])
 
