@@ -67,12 +67,13 @@ def _evaluated(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     return options, RunFolder(args.source) if args.source.is_dir() else None
 
 
-def _report(args: argparse.Namespace, run, name: str, result: dict[str, float]) -> int:  # type: ignore[no-untyped-def]
+def _report(args: argparse.Namespace, run, features, name: str, result: dict[str, float]) -> int:  # type: ignore[no-untyped-def]
     name = f"{name}_random_init" if args.random_init else name
     for key, value in result.items():
         print(f"{key}: {value:.2f} %")
     if run is not None:
-        print(f"written to {run.write_result(name, result)}")
+        measured = {"weights": str(features.weights), "data_root": str(features.root)}
+        print(f"written to {run.write_result(name, {**result, **measured})}")
     return Status.DONE
 
 
@@ -83,7 +84,7 @@ def knn(args: argparse.Namespace) -> int:
 
     features, run = _evaluated(args)
     options = config.validate(knn.Options, {"features": features, "k": args.k, "temperature": args.temperature})
-    return _report(args, run, "knn", knn.run(options))
+    return _report(args, run, features, "knn", knn.run(options))
 
 
 def linear_probe(args: argparse.Namespace) -> int:
@@ -93,7 +94,7 @@ def linear_probe(args: argparse.Namespace) -> int:
 
     features, run = _evaluated(args)
     options = config.validate(linear.Options, {"features": features, "epochs": args.epochs, "seed": args.seed})
-    return _report(args, run, "linear_probe", linear.run(options))
+    return _report(args, run, features, "linear_probe", linear.run(options))
 
 
 def prepare_data(args: argparse.Namespace) -> int:

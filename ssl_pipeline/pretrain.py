@@ -294,8 +294,12 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     with torch.device("meta"):
         method = build_method(options)
     batch = options.data.batch_size
+    steps = "unknown"
     if samples is not None:
         require_possible(options, ranks, samples)
+        whole = samples // batch * options.epochs
+        cut = options.max_steps is not None and options.max_steps < whole
+        steps = f"{options.max_steps} (max_steps; the schedule spans {whole})" if cut else str(whole)
     elif batch % ranks:
         require_possible(options, ranks, batch)
     last = method.head.last_layer
@@ -307,7 +311,7 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
         "batch per rank": f"{batch // ranks} on {ranks} rank{'s' if ranks > 1 else ''}",
         "training pictures": samples if samples is not None else f"unknown: no folder {str(root)!r}",
         "steps per epoch": samples // batch if samples else "unknown",
-        "steps": samples // batch * options.epochs if samples else "unknown",
+        "steps": steps,
         "learning rate": rate if rate == rate_1d else f"{rate} (biases and norms {rate_1d})",
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "head": f"{options.head.kind} {backbone.width(method.backbone)} -> {method.head.outputs}",

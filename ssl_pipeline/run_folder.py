@@ -79,14 +79,14 @@ class RunFolder:
         old = config.flatten(self.read_config())
         new = config.flatten(values)
         changed = [
-            f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
+            f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE)
         ]
         if changed:
             raise BadInput(
-                f"the run folder {str(self.path)!r} belongs to another config ({'; '.join(changed)}): "
-                "give the same config to go on, or another --output"
+                f"the run folder {str(self.path)!r} belongs to another config: give the same config to go on, or another "
+                "--output. What differs:\n" + "\n".join(changed)
             )
 
     def read_config(self) -> dict[str, Any]:

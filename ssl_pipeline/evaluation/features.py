@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import RunFolder
 
+log = logging.getLogger("ssl_pipeline")
+
 
 class Options(config.Options):
     """Which backbone sees which pictures."""
@@ -31,6 +34,8 @@ class Options(config.Options):
     """Folder with train/<class>/ and val/<class>/."""
     view: ViewSpec
     """The un-augmented view."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable pictures at which an evaluation stops; fewer are left out."""
     batch_size: int = Field(256, gt=0)
     threads: int | None = Field(None, gt=0)
     readers: int = Field(4, gt=0)
@@ -61,6 +66,7 @@ def options(source: Path, values: Mapping[str, Any] | None = None, random_init: 
         backbone=described or config.validate(backbones.Options, values.get("backbone", {}), prefix="backbone."),
         root=data.root,
         view=data.evaluation_view,
+        max_bad_fraction=data.max_bad_fraction,
         threads=data.threads,
         readers=data.readers,
     )
@@ -68,7 +74,7 @@ def options(source: Path, values: Mapping[str, Any] | None = None, random_init: 
 
 @torch.no_grad()
 def extract(options: Options, split: str) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float32 of all pictures of `split`, in the order of their ids, and labels (N,); on the host.
+    """Features (N, D) float32 of all readable pictures of `split`, in the order of their ids, and labels (N,); on the host.
 
     The backbone is in evaluation mode; features are neither normalised nor projected.
     """
@@ -97,7 +103,18 @@ def extract(options: Options, split: str) -> tuple[Tensor, Tensor]:
         training=False,
     )
     features, labels = [], []
-    for batch in pictures:
-        features.append(network(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu())
-        labels.append(batch.labels.cpu())
+    for step, batch in enumerate(pictures):
+        itself = torch.from_numpy(
+            batch.ids == pictures.ids(0, step)
+        )  # false where another stands in for an unreadable one
+        found = network(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu()
+        features.append(found[itself])
+        labels.append(batch.labels.cpu()[itself])
+    if len(pictures.bad) > options.max_bad_fraction * len(index):
+        raise BadInput(
+            f"of {len(index)} pictures in {str(options.root / split)!r} more than data.max_bad_fraction = "
+            f"{options.max_bad_fraction} cannot be read: mend them or raise it; {pictures.bad_summary()}"
+        )
+    if pictures.bad:
+        log.warning("%s is measured without %d of %d pictures", options.root / split, len(pictures.bad), len(index))
     return torch.cat(features), torch.cat(labels)

@@ -58,3 +58,21 @@ def test_splits_of_different_classes_are_refused(photos: Path, tmp_path: Path) -
     options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW)
     with pytest.raises(BadInput, match="different class folders"):
         features.extract(options, "val")
+
+
+def test_unreadable_pictures_are_left_out_and_too_many_refused(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(photos, tmp_path / "d")
+    spoiled = sorted((tmp_path / "d" / "val" / "china").iterdir())[1]
+    options = features.Options(
+        weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW, max_bad_fraction=0.2
+    )
+    whole, _ = features.extract(options, "val")
+    spoiled.write_bytes(b"no picture")
+    found, labels = features.extract(options, "val")
+    assert labels.tolist() == [0] * 3 + [1] * 4
+    torch.testing.assert_close(found, whole[[0, 2, 3, 4, 5, 6, 7]], rtol=1e-4, atol=1e-4)
+    assert "is measured without 1 of 8 pictures" in caplog.text
+    with pytest.raises(BadInput, match=r"of 8 pictures .* more than data.max_bad_fraction = 0.01 .*china"):
+        features.extract(options.model_copy(update={"max_bad_fraction": 0.01}), "val")
