@@ -25,8 +25,8 @@ from ssl_pipeline import __version__, config
 from ssl_pipeline.data.index import image_folder
 from ssl_pipeline.evaluation import features, knn
 from ssl_pipeline.exits import Status
-from ssl_pipeline.monitor import read_metrics
 from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.run_folder import read_lines
 
 ROWS = {"SimCLR": "cifar10/simclr", "SimCLR + SparseHead": "cifar10/simclr_sparsehead"}
 
@@ -58,7 +58,7 @@ def row(name: str, data: Path, work: Path, epochs: int, seed: int) -> dict[str, 
     if pretrain(options, run) != Status.DONE:
         raise SystemExit(int(Status.STOPPED))
     # From the logged rates, which a stop and a restart leave whole; the row before the clock first ran has none.
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_lines(run / "metrics.jsonl")
     steps = [b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *rows])]
     seconds = sum(n * 256 / r["images_per_second"] for n, r in zip(steps, rows, strict=True) if r["images_per_second"])
     scores = {}

@@ -44,33 +44,40 @@ class Options(config.Options):
     every_epochs: int | None = Field(1, gt=0)
     keep: int = Field(2, gt=0)
     """Newest checkpoints that stay."""
+    backbone_every_epochs: int | None = Field(None, gt=0)
+    """Epochs between bare backbones that stay for good, as RUN/backbones/epoch_0100.pth."""
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether to save after `step` steps are done."""
         by_epoch = self.every_epochs is not None and step % (self.every_epochs * steps_per_epoch) == 0
-        return by_epoch or (self.every_steps is not None and step % self.every_steps == 0)
+        by_step = self.every_steps is not None and step % self.every_steps == 0
+        return by_epoch or by_step or self.backbone_due(step, steps_per_epoch)
+
+    def backbone_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether a bare backbone is kept after `step` steps are done."""
+        return self.backbone_every_epochs is not None and step % (self.backbone_every_epochs * steps_per_epoch) == 0
 
 
 def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of its step and remove all but the newest `keep`. Raises StorageFailure."""
-    path = folder / f"step_{state['step']:08d}.pt"
-    partial = folder / f".{path.name}.partial"
+    target = path(folder, state["step"])
+    partial = folder / f".{target.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, target)
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise StorageFailure(
-            f"cannot write checkpoint {path}: {error}; free room and give the same command again"
+            f"cannot write checkpoint {target}: {error}; free room and give the same command again"
         ) from None
     for old in steps(folder)[:-keep]:
-        _path(folder, old).unlink(missing_ok=True)
-    return path
+        path(folder, old).unlink(missing_ok=True)
+    return target
 
 
 def _flush_folder(folder: Path) -> None:
@@ -81,7 +88,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _path(folder: Path, step: int) -> Path:
+def path(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint."""
     return folder / f"step_{step:08d}.pt"
 
 
@@ -93,14 +101,14 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """The state in one file, tensors on the host. Raises ValueError, with the reason, for a damaged or foreign file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except ValueError:
         raise
     except Exception as error:
@@ -119,12 +127,12 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     """
     reasons = []
     for step in reversed(steps(folder)):
-        path = _path(folder, step)
+        file = path(folder, step)
         try:
-            return read(path)
+            return read(file)
         except ValueError as error:
-            log.warning("checkpoint %s is not used: %s", path, error)
-            reasons.append(f"{path.name}: {error}")
+            log.warning("checkpoint %s is not used: %s", file, error)
+            reasons.append(f"{file.name}: {error}")
     if reasons:
         raise BadInput(
             f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ssl_pipeline import __version__
+from ssl_pipeline import __version__, preemption
 from ssl_pipeline.exits import BadInput, Status, Stop
 
 Verb = Callable[[argparse.Namespace], int]
@@ -53,22 +54,32 @@ def _evaluated(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The features' options of an evaluation verb, and the results folder's run (None for a bare file)."""
     from ssl_pipeline import config
     from ssl_pipeline.evaluation import features
-    from ssl_pipeline.run_folder import RunFolder
 
     values = None
+    run = _run_of(args.source)
     if args.config is not None:
         values = config.load(args.config, args.overrides).values
-    elif args.source.is_dir():
+    elif run is not None:
         tree = config.Tree()
-        tree.merge(RunFolder(args.source).read_config(), str(args.source / "config.yaml"))
+        tree.merge(run.read_config(), str(run.config))
         config.apply_overrides(tree, args.overrides)
         values = tree.values
-    options = features.options(args.source, values, args.random_init)
-    return options, RunFolder(args.source) if args.source.is_dir() else None
+    return features.options(args.source, values, args.random_init), run
+
+
+def _run_of(source: Path):  # type: ignore[no-untyped-def]
+    """The run that a folder is, or that a bare backbone RUN/backbones/epoch_0100.pth belongs to; None for other files."""
+    from ssl_pipeline.run_folder import RunFolder
+
+    if source.is_dir():
+        return RunFolder(source)
+    run = RunFolder(source.absolute().parent.parent)
+    return run if source.absolute().parent == run.backbones and run.config.is_file() else None
 
 
 def _report(args: argparse.Namespace, run, features, name: str, result: dict[str, float]) -> int:  # type: ignore[no-untyped-def]
     name = f"{name}_random_init" if args.random_init else name
+    name = f"{name}_{args.source.stem}" if args.source.is_file() else name
     for key, value in result.items():
         print(f"{key}: {value:.2f} %")
     if run is not None:
@@ -95,6 +106,125 @@ def linear_probe(args: argparse.Namespace) -> int:
     features, run = _evaluated(args)
     options = config.validate(linear.Options, {"features": features, "epochs": args.epochs, "seed": args.seed})
     return _report(args, run, features, "linear_probe", linear.run(options))
+
+
+def report(args: argparse.Namespace) -> int:
+    """write RUN/report.html: results, loss, views"""
+    from ssl_pipeline.evaluation.report import of_run
+    from ssl_pipeline.run_folder import RunFolder
+
+    print(of_run(RunFolder(args.run)))
+    return Status.DONE
+
+
+def status(args: argparse.Namespace) -> int:
+    """how a run stands: state, progress, speed, time left, restarts, last checkpoint, its jobs and results"""
+    from ssl_pipeline.cluster import status
+    from ssl_pipeline.run_folder import RunFolder
+
+    print(status(RunFolder(args.run)))
+    return Status.DONE
+
+
+def _resources(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from ssl_pipeline import config, launch
+
+    given = {name: getattr(args, name) for name in launch.Resources.model_fields}
+    return config.validate(launch.Resources, {name: value for name, value in given.items() if value is not None})
+
+
+def _freeze(name: str, overrides: Sequence[str], output: Path, ranks: int, write: bool):  # type: ignore[no-untyped-def]
+    """The run folder with its resolved config in it, everything that can be checked here having been checked."""
+    from ssl_pipeline import config
+    from ssl_pipeline.pretrain import PretrainConfig, consequences
+    from ssl_pipeline.run_folder import RunFolder
+
+    tree = config.load(name, overrides)
+    options = config.validate(PretrainConfig, tree.values, tree)
+    consequences(options, ranks)
+    run = RunFolder(output)
+    if write:
+        run.open_for_writing(options.model_dump(mode="json"))
+        run.close()
+    return run
+
+
+def launch(args: argparse.Namespace) -> int:
+    """submit another verb as a job: launch VERB ... --cluster slurm|local|debug --nodes N --gpus-per-node G ..."""
+    from ssl_pipeline import launch
+
+    resources = _resources(args)
+    inner = _parse(args.words)
+    if inner.verb not in (*launch.EVALUATIONS, "pretrain", "report"):
+        raise BadInput(f"{inner.verb!r} is no job; launch pretrain, report, {', '.join(launch.EVALUATIONS)}")
+    if inner.verb != "pretrain" and resources.ranks > 1:
+        raise BadInput(f"{inner.verb} is one process: give --nodes 1 and at most --gpus-per-node 1")
+    source = inner.output if inner.verb == "pretrain" else inner.run if inner.verb == "report" else inner.source
+    run, jobs = None, []
+    variants = _variants(args.array)
+    if variants and inner.verb != "pretrain":
+        raise BadInput("--array varies the options of pretraining")
+    if inner.verb == "pretrain":
+        for variant in variants or [""]:
+            output = source / variant if variant else source
+            overrides = [*inner.overrides, *([variant] if variant else [])]
+            run = _freeze(inner.config, overrides, output, resources.ranks, write=not args.dry_run)
+            jobs.append(launch.pretraining(run))
+        folder = source / "logs"
+    else:
+        if not source.exists():
+            raise BadInput(f"{str(source)!r} is neither a run folder nor a file of weights")
+        run = _run_of(source)
+        folder = (run.path if run is not None else source.parent) / "logs"
+        jobs.append(launch.Job(args.words))
+    if args.dry_run:
+        print(launch.script(resources, inner.verb, folder))
+        return Status.DONE
+    recorded = {"source": str(source)} if inner.verb != "pretrain" else {}
+    ids = launch.submit(jobs, resources, inner.verb, folder, run, **recorded)
+    print(launch.follow(ids, resources, folder, run))
+    return Status.DONE
+
+
+def _variants(array: str | None) -> list[str]:
+    """`key=v1,v2` -> [`key=v1`, `key=v2`]."""
+    if array is None:
+        return []
+    key, equals, values = array.partition("=")
+    if not equals or not all(values.split(",")):
+        raise BadInput(f"--array {array!r} is not of the form key.sub=v1,v2")
+    return [f"{key}={value}" for value in values.split(",")]
+
+
+def experiment(args: argparse.Namespace) -> int:
+    """submit pretraining and, depending on it, every evaluation and the report"""
+    from ssl_pipeline import launch
+
+    resources = _resources(args)
+    overrides = [*args.overrides, *([f"checkpoint.backbone_every_epochs={args.every}"] if args.every else [])]
+    run = _freeze(args.config, overrides, args.output, resources.ranks, write=not args.dry_run)
+    print(launch.experiment(run, resources, every=bool(args.every), dry_run=args.dry_run))
+    return Status.DONE
+
+
+def plan(args: argparse.Namespace) -> int:
+    """what a pretraining will cost, and whether this cluster takes it; submits nothing"""
+    from ssl_pipeline import config, launch
+
+    tree = config.load(args.config, args.overrides)
+    words = [args.config, *args.overrides]
+    output = args.output or Path("runs") / Path(args.config).with_suffix("").as_posix().replace("/", "_")
+    print(
+        launch.plan(
+            tree,
+            words,
+            output,
+            _resources(args),
+            measure_seconds=args.measure_seconds,
+            images_per_second=args.images_per_second,
+        )
+    )
+    return Status.DONE
 
 
 def prepare_data(args: argparse.Namespace) -> int:
@@ -125,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def add(name: str, action: Verb) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=action.__doc__, description=action.__doc__)
+        verb = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, allow_abbrev=False)
         verb.set_defaults(action=action, overrides=None)
         return verb
 
@@ -158,6 +288,40 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--epochs", type=int, default=500, help="default 500")
             verb.add_argument("--seed", type=int, default=0, help="of initial weights and order (default 0)")
 
+    def add_resources(verb: argparse.ArgumentParser) -> None:
+        group = verb.add_argument_group("resources of the job")
+        group.add_argument("--cluster", choices=("slurm", "local", "debug"), help="default slurm")
+        for name in ("nodes", "gpus-per-node", "tasks-per-node", "cpus-per-task"):
+            group.add_argument(f"--{name}", type=int, metavar="N")
+        for name in ("mem", "partition", "account", "qos", "exclude", "constraint", "dependency"):
+            group.add_argument(f"--{name}")
+        group.add_argument("--time", help="limit of one slot, as 24:00:00; pretraining goes on in the next one")
+        group.add_argument("--signal-lead", type=int, metavar="S", help="seconds before it to save (default 300)")
+
+    verb = add("launch", launch)
+    add_resources(verb)
+    verb.add_argument("--array", metavar="key=v1,v2", help="a job a value, in RUN/key=v1 and so on")
+    verb.add_argument("--dry-run", action="store_true", help="print the sbatch script, submit nothing")
+
+    verb = add("experiment", experiment)
+    verb.add_argument("config", help="a YAML file or a packaged name")
+    add_overrides(verb)
+    verb.add_argument("--output", type=Path, required=True, metavar="RUN")
+    verb.add_argument("--every", type=int, metavar="N", help="also evaluate beside the training, every N epochs")
+    verb.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")
+    add_resources(verb)
+
+    verb = add("plan", plan)
+    verb.add_argument("config", help="a YAML file or a packaged name")
+    add_overrides(verb)
+    verb.add_argument("--output", type=Path, metavar="RUN")
+    verb.add_argument("--measure-seconds", type=int, default=60, help="time for a few steps here (default 60; 0: none)")
+    verb.add_argument("--images-per-second", type=float, help="of one process, instead of measuring")
+    add_resources(verb)
+
+    for name, action in (("status", status), ("report", report)):
+        add(name, action).add_argument("run", type=Path, metavar="RUN")
+
     verb = add("prepare-data", prepare_data)
     verb.add_argument("name", help="digits, cifar10, cifar100 or folder")
     verb.add_argument("out", type=Path)
@@ -172,15 +336,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit status."""
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     # Overrides may stand after options too, which argparse alone does not allow.
     args, rest = parser.parse_known_args(arguments)
+    if args.verb == "launch":
+        args.words = rest
+        if not rest:
+            parser.error("launch what? As in: launch pretrain CONFIG --output RUN")
+        return args
     if rest and (args.overrides is None or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.overrides is not None:
         args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
+    """Run a verb; returns the exit status. `signals`: answer SIGTERM, SIGUSR1 and SIGUSR2, ending with status 75."""
+    args = _parse(arguments)
+    before = {number: signal.getsignal(number) for number in preemption.SLURM_SIGNALS}
+    if signals:
+        (preemption.note_signals if args.verb == "pretrain" else preemption.stop_at_signals)()
     logging.basicConfig(format="ssl-pipeline: %(message)s", stream=sys.stderr)
     logging.getLogger("ssl_pipeline").setLevel(logging.INFO)
     try:
@@ -196,6 +373,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.status)
     except BrokenPipeError:
         return int(Status.DONE)
+    finally:
+        if signals and args.verb != "pretrain":
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def tool(verb: str) -> int:

@@ -12,13 +12,17 @@ global loss computed on each rank (Barlow Twins, VICReg).
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
+import time
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,9 +78,12 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
             if accelerator is None
             else f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
         )
-        # Without a launcher there is no address to meet at; a store in this process's own memory needs none.
-        alone: dict[str, Any] = {} if size > 1 else {"store": dist.HashStore()}
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **alone)
+        where: dict[str, Any] = {}
+        if size == 1:
+            where["store"] = dist.HashStore()  # without a launcher there is no address to meet at, and no need of one
+        elif "MASTER_PORT" not in os.environ:
+            where["store"] = _meet(rank, size, _first_host(os.environ["SLURM_STEP_NODELIST"]), _slurm_ports(), timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **where)
     return World(rank, size, local_rank, local_size, device)
 
 
@@ -94,10 +101,8 @@ def _place() -> tuple[int, int, int, int]:
         return int(env["RANK"]), size, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", size))
     # SLURM_STEP_NUM_TASKS exists inside srun only: a plain `python` in an sbatch script or salloc shell is one process.
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-        # Job and step number keep two jobs, and two steps of a job, on one node apart.
-        number = int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", 0))
-        env.setdefault("MASTER_PORT", str(20000 + number % 20000))
+        if "MASTER_PORT" in env:
+            env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
         local_size = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         return (
             int(env["SLURM_PROCID"]),
@@ -114,6 +119,47 @@ def _first_host(nodes: str) -> str:
     if match is None:
         raise BadInput(f"SLURM_STEP_NODELIST = {nodes!r} holds no host name")
     return "".join(part or "" for part in match.groups())
+
+
+def _slurm_name() -> str:
+    env = os.environ
+    return ".".join((env["SLURM_JOB_ID"], env.get("SLURM_STEP_ID", "0"), env.get("SLURM_RESTART_COUNT", "0")))
+
+
+def _slurm_ports() -> list[int]:
+    """Ports to try, below those that the system hands out: other ones for each job, step and restart."""
+    start = zlib.crc32(_slurm_name().encode())
+    return [10000 + (start + number * 4999) % 20000 for number in range(4)]
+
+
+def _meet(rank: int, size: int, host: str, ports: list[int], timeout: timedelta) -> dist.Store:
+    """The store of this job step on `host`, at the first of `ports` that no other program holds.
+
+    Rank 0 opens it, the others look for it and know it by the job's name. Raises Stop where there is none in time.
+    """
+    name = _slurm_name()
+    end = time.monotonic() + timeout.total_seconds()
+    patience = timedelta(seconds=5)  # for an answer: a foreign program may never give one
+    while time.monotonic() < end:
+        for port in ports:
+            try:
+                if rank == 0:
+                    store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
+                    store.set("ssl_pipeline", name)
+                    return store
+                store = dist.TCPStore(host, port, size, is_master=False, timeout=patience, wait_for_workers=False)
+                store.set_timeout(patience)
+                if store.get("ssl_pipeline") == name.encode():
+                    store.set_timeout(timeout)
+                    return store
+            except (dist.DistError, RuntimeError):
+                continue
+        if rank == 0:
+            break
+    raise Stop(
+        f"rank {rank} does not find the other ranks at {host}, ports {', '.join(map(str, ports))}: on the first node other "
+        "programs hold them or its network cannot be reached; set MASTER_PORT to another"
+    )
 
 
 def rank() -> int:
@@ -178,6 +224,16 @@ def gather_values(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.stack(parts)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Plain data of all ranks, in rank order."""
+    text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    lengths = gather_values(torch.tensor(len(text))).tolist()
+    row = torch.zeros(max(lengths), dtype=torch.uint8)
+    row[: len(text)] = torch.from_numpy(text.copy())
+    rows = gather_values(row).numpy()
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
 
 def union(numbers: Collection[int]) -> set[int]:
@@ -274,7 +330,28 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
     devices = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
+    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
+    if device.type == "cpu":
+        wrapped.register_comm_hook(None, _mean_in_rank_order)
+    return wrapped
+
+
+def _mean_in_rank_order(_, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations that are strings
+    """DDP's mean of the gradients on the CPU, the same to the last bit wherever in a bucket a number stands.
+
+    gloo's own order of summation follows that place, and DDP orders its buckets anew after its first step: beyond two
+    ranks the first step after a resume would round otherwise than in a run that was never stopped.
+    """
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(parts, bucket.buffer(), async_op=True)
+
+    def mean(_: Any) -> Tensor:
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total.div_(len(parts))
+
+    return work.get_future().then(mean)
 
 
 # ----------------------------------------------------------------------------------------------------- one for all ranks

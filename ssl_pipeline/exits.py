@@ -37,3 +37,15 @@ class StorageFailure(Stop):
     """The run folder's disk refuses a checkpoint or has no room for one."""
 
     status = Status.STORAGE
+
+
+class RankLost(Stop):
+    """Ranks or nodes that cannot be worked with."""
+
+    status = Status.RANK_LOST
+
+
+class Requeued(Stop):
+    """The job gave itself back to the scheduler, which starts it again."""
+
+    status = Status.STOPPED

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline import config, distributed
+from ssl_pipeline.run_folder import read_lines
 
 T = TypeVar("T")
 
@@ -149,7 +150,7 @@ class Monitor:
             f"loss {shown('loss', '.4f')}",
             f"{shown('images_per_second', '.0f')} images/s",
             f"waiting for data {shown('data_wait', '.0f', 100)} %",
-            f"left {_duration(left) if left is not None else '-'}",
+            f"left {duration(left) if left is not None else '-'}",
         ]
         parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
         parts += [f"unreadable pictures {values['bad_pictures']}"] if values["bad_pictures"] else []
@@ -183,27 +184,18 @@ class Monitor:
                 self._writer.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
 def _drop_after(metrics: Path, step: int) -> None:
     """Remove the rows of steps that will be done again."""
-    rows = [row for row in read_metrics(metrics) if row["step"] <= step]
+    rows = [row for row in read_lines(metrics) if row["step"] <= step]
     partial = metrics.with_name(f".{metrics.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, metrics)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time span to be read: `3 min 05 s`, `2 h 07 min`, `12 days 4 h`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 72:
+        return f"{hours // 24} days {hours % 24} h"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -7,8 +7,11 @@ step waits for the device; the host reads numbers only at logged steps and check
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import platform
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_pipeline import __version__, backbone, checkpoint, config, distributed, methods, optim
+from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, image_folder
@@ -67,7 +70,8 @@ class PretrainConfig(config.Options):
 def pretrain(options: PretrainConfig, output: Path) -> Status:
     """Run, or go on with, the pretraining of `options` in the run folder `output`.
 
-    Returns DONE, also where the run was finished before, or STOPPED after a signal. Raises Stop for all else.
+    Returns DONE, also where the run was finished before, or STOPPED after a signal. Raises Stop for all else, Requeued
+    among them where preflight gave the job back.
     """
     world = distributed.start()
     run = RunFolder(output)
@@ -84,6 +88,9 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
 
     try:
         index = distributed.together(open_run)
+        text = config.dump_yaml(options.model_dump(mode="json"))
+        digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": index.digest()}
+        cluster.preflight(world, run, digests)
         return _train(options, index, run, world)
     finally:
         run.close()
@@ -137,6 +144,18 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     end = min(steps, options.max_steps or steps)
     state = distributed.together(lambda: checkpoint.read_newest(run.checkpoints))
     step = state["step"] if state else 0
+    if world.is_main:
+        run.record(
+            "start",
+            job=cluster.job_id(),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            nodes=os.environ.get("SLURM_JOB_NODELIST"),
+            host=socket.gethostname(),
+            ranks=world.size,
+            step=step,
+            steps=end,
+            epochs=options.epochs,
+        )
     if step >= end:
         log.info("%s is finished: %d steps are done; nothing to do", run.path, step)
         return Status.DONE
@@ -152,7 +171,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     if options.precision == "fp16" and device.type == "cpu":
         log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
     log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
-    distributed.together(lambda: _require_room(method, optimizer, options, run) if world.is_main else None)
+    distributed.together(lambda: _require_room(method, options, run) if world.is_main else None)
 
     if state:
         distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
@@ -179,6 +198,10 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     def write(state: dict[str, Any]) -> None:
         # In this order a run whose last checkpoint exists has its backbone too.
         backbone.save(method.evaluated_backbone(), options.backbone, run.backbone)
+        if options.checkpoint.backbone_due(step, len(data)):
+            run.backbones.mkdir(exist_ok=True)
+            kept = run.backbones / f"epoch_{step // len(data):04d}.pth"
+            backbone.save(method.evaluated_backbone(), options.backbone, kept)
         checkpoint.write(run.checkpoints, state, options.checkpoint.keep)
 
     method.train()
@@ -224,14 +247,20 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                     if stop and not last:
                         log.info("stopped by a signal after step %d; the same command goes on from here", step)
                         watch.close()
-                        return Status.STOPPED
+                        return _ended(run, world, Status.STOPPED, step)
                 if last:
                     break
     watch.close()
     if data.bad:
         log.warning("%s", data.bad_summary())
     log.info("%s is finished: %d steps; backbone in %s", run.path, step, run.backbone)
-    return Status.DONE
+    return _ended(run, world, Status.DONE, step)
+
+
+def _ended(run: RunFolder, world: distributed.World, status: Status, step: int) -> Status:
+    if world.is_main:
+        run.record("end", status=int(status), step=step)
+    return status
 
 
 # ----------------------------------------------------------------------------------------------------- parts of the loop
@@ -254,13 +283,17 @@ def _require_readable(bad: int, data: Loader, most: float) -> None:
         )
 
 
-def _require_room(method: nn.Module, optimizer: torch.optim.Optimizer, options: PretrainConfig, run: RunFolder) -> None:
+def _require_room(method: Method, options: PretrainConfig, run: RunFolder) -> None:
     """Raises StorageFailure where the checkpoints to be kept, and the one being written, do not fit."""
-    moments = 2 if options.optim.name in ("adam", "adamw") else 1
-    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    size = checkpoint.state_bytes(method.state_dict()) + moments * trained
+    size = _checkpoint_bytes(method, options)
     there = sum(path.stat().st_size for path in run.checkpoints.glob("*.pt"))
     checkpoint.require_room(run.path, (options.checkpoint.keep + 1) * size - there)
+
+
+def _checkpoint_bytes(method: Method, options: PretrainConfig) -> int:
+    moments = 2 if options.optim.name in ("adam", "adamw") else 1
+    trained = sum(p.numel() * p.element_size() for group in method.parameter_groups() for p in group["params"])
+    return checkpoint.state_bytes(method.state_dict()) + moments * trained
 
 
 def _restore(
@@ -283,7 +316,8 @@ def _restore(
     scaler.load_state_dict(state["scaler"])
     data.load_state_dict(state["loader"])
     if len(state["random"]) == world.size:
-        torch.set_rng_state(state["random"][world.rank])
+        # A clone: torch 2.14 crashes on a tensor that begins within another one.
+        torch.set_rng_state(state["random"][world.rank].clone())
 
 
 # --------------------------------------------------------------------------------------------------- without running it
@@ -323,4 +357,17 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
             f"{v.count} of {v.size} px: {', '.join(op.op for op in v.ops)}"  # type: ignore[attr-defined]
             for v in options.data.views
         ),
+    }
+
+
+def cost(options: PretrainConfig) -> dict[str, int]:
+    """Bytes of one checkpoint, and pictures that the whole run sees (0 where the data is not here). Runs nothing."""
+    with torch.device("meta"):
+        method = build_method(options)
+    root = options.data.root / "train"
+    batch = options.data.batch_size
+    steps = len(image_folder(root)) // batch * options.epochs if root.is_dir() else 0
+    return {
+        "checkpoint_bytes": _checkpoint_bytes(method, options),
+        "images": min(steps, options.max_steps or steps) * batch,
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
 from ssl_pipeline import config
 from ssl_pipeline.exits import BadInput, StorageFailure
+
+log = logging.getLogger("ssl_pipeline")
 
 CHANGEABLE = (
     "data.threads",
@@ -37,6 +41,8 @@ class RunFolder:
         self.logs = path / "logs"
         self.views = path / "views.png"
         self.backbone = path / "backbone.pth"
+        self.backbones = path / "backbones"
+        self.jobs = path / "jobs.jsonl"
         self.results = path / "results"
         self._lock: IO[str] | None = None
 
@@ -107,8 +113,46 @@ class RunFolder:
         os.replace(partial, path)
         return path
 
+    def record(self, event: str, **values: Any) -> None:
+        """Append an object to jobs.jsonl, which tells what was submitted, started, excluded and ended here, and when."""
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": time, "event": event, **values}) + "\n"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.jobs.open("a", encoding="utf-8") as file:
+                file.write(line)  # one write of one line: several jobs append here
+        except OSError as error:  # a diary: no run ends for it
+            log.warning("cannot write to %s: %s", self.jobs, error)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was recorded."""
+        return read_lines(self.jobs)
+
+    def is_locked(self) -> bool:
+        """Whether another process writes to this run."""
+        try:
+            with (self.path / ".lock").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; one that was cut short by a kill is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows

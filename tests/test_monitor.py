@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from ssl_pipeline import distributed, monitor
-from ssl_pipeline.monitor import Monitor, read_metrics
+from ssl_pipeline.monitor import Monitor
+from ssl_pipeline.run_folder import read_lines
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -30,7 +31,7 @@ def test_means_over_good_steps_and_a_count_of_the_others(tmp_path: Path, capsys:
     watch.add(values(float("inf")), NO)
     watch.log(4, 0, {"matrices": 0.1}, bad=2)
     watch.close()
-    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    first, second = read_lines(tmp_path / "metrics.jsonl")
     assert (first["loss"], first["skipped"], first["bad_pictures"], first["lr_matrices"]) == (2.0, 1, 2, 0.1)
     assert (second["loss"], second["skipped"]) == (None, 1)
     assert set(monitor.TIME_KEYS) <= first.keys()
@@ -63,7 +64,7 @@ def test_a_restart_continues_one_series(tmp_path: Path) -> None:
     again.add(values(20.0), YES)
     again.log(3, 0, {}, 0)
     again.close()
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_lines(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 15.0)]
 
 

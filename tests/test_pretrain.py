@@ -20,8 +20,9 @@ from ssl_pipeline import checkpoint, config, distributed, monitor, pretrain
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput, Status, StorageFailure
 from ssl_pipeline.methods import byol
-from ssl_pipeline.monitor import TIME_KEYS, read_metrics
+from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.run_folder import read_lines
 
 METHODS = ["simclr", "byol", "barlow_twins"]
 
@@ -41,7 +42,7 @@ def options(root: Path, *overrides: str, method: str = "simclr") -> PretrainConf
 
 
 def series(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_lines(run / "metrics.jsonl")]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def start(few_digits: Path, run: Path, *overrides: str) -> subprocess.Popen:
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        rows = read_metrics(run / "metrics.jsonl")
+        rows = read_lines(run / "metrics.jsonl")
         if rows and rows[-1]["step"] >= step:
             return
         time.sleep(0.02)
@@ -264,7 +265,7 @@ def test_no_step_waits_for_the_device(
         few_digits, f"precision={precision}", "epochs=3", "max_steps=21", "monitor.every_steps=1000", method=method
     )
     assert waits_of_twenty_steps(chosen, tmp_path, monkeypatch) == []
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 21
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 21
 
 
 @pytest.mark.parametrize("sin", ["item", "bool", "cpu", "to"])

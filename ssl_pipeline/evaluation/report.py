@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssl_pipeline import __version__
 from ssl_pipeline.exits import BadInput
-from ssl_pipeline.monitor import read_metrics
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, read_lines
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -31,7 +31,7 @@ def write(
 
     Raises BadInput where matplotlib is missing.
     """
-    metrics = read_metrics(run.metrics)
+    metrics = read_lines(run.metrics)
     last = metrics[-1] if metrics else {}
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -65,6 +65,19 @@ def write(
     path = run.path / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def of_run(run: RunFolder) -> Path:
+    """Write RUN/report.html from what lies in RUN/results. Raises BadInput where the folder is no run."""
+    method = run.read_config()["method"]["name"]
+    rows = {
+        f"{path.stem}: {key}": [value]
+        for path in sorted(run.results.glob("*.json"))
+        for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+        if isinstance(value, (int, float))
+    }
+    note = "Accuracies in percent on the held-out pictures." if rows else "No evaluation has written a result yet."
+    return write(run, f"{method}: {run.path.name}", ["evaluation", "%"], rows, note)
 
 
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], digits: int = 1) -> str:

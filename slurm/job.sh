@@ -1,0 +1,34 @@
+# What the job scripts beside it share. Sourced by them inside the job; docs/slurm.md tells how to use them.
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+# The interpreter: PYTHON, else the one that `make setup` made here, else an active environment's.
+python=${PYTHON:-}
+[[ -n $python ]] || { [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python; } || python=python3
+
+# A requeued job keeps its number, so this names the run through all its slots.
+first_job=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || first_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# run_job LOGS VERB [WORD ...]: one process a task; puts the job back into the queue where it was stopped to go on later.
+run_job() {
+    local logs=$1 status=0 signalled=1 pid
+    shift
+    mkdir -p "$logs"
+    # srun passes signals on to the tasks, and what these return decides: the script itself only must not die of them.
+    trap 'signalled=1' TERM USR1 USR2
+    # One task's end ends no other one (all save together); those that hang after one died are ended after two minutes.
+    srun --kill-on-bad-exit=0 --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+        --open-mode=append --output="$logs/%j_%t.log" "$python" -m ssl_pipeline "$@" &
+    pid=$!
+    while ((signalled)); do # a signal interrupts `wait`
+        signalled=0 status=0
+        wait "$pid" || status=$?
+    done
+    # 75: stopped by a signal, everything saved. A job that is being cancelled, or comes back anyway, is not RUNNING.
+    if [[ $status == 75 && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
+        echo "stopped with everything saved; requeueing job $SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$status"
+}
