@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 METHOD ?= simclr
 DEMO := runs/demo$(if $(filter-out simclr,$(METHOD)),_$(METHOD))
 
-.PHONY: setup demo test test-slow check format wheel clean
+.PHONY: setup demo test test-slow test-slurm test-slurm-all slurm-packages check format wheel clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.installed
@@ -19,10 +19,21 @@ demo: setup  ## the main job in minutes: digits -> views -> METHOD + SparseHead 
 	$(BIN)/ssl-pipeline demo --method $(METHOD) --output $(DEMO)
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm and not slurm_all"
 
 test-slow: setup  ## the others
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: setup  ## on a real Slurm cluster that is started on this machine; needs root and `make slurm-packages`
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-slurm-all: setup  ## all that can happen to a job there, 25 minutes
+	$(BIN)/python -m pytest -m "slurm or slurm_all" tests/slurm
+
+slurm-packages:  ## what the cluster of the tests needs, on Debian
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurm-wlm munge iproute2 slurmdbd mariadb-server-core mariadb-client-core
 
 check: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -296,7 +296,9 @@ def _parser() -> argparse.ArgumentParser:
         for name in ("mem", "partition", "account", "qos", "exclude", "constraint", "dependency"):
             group.add_argument(f"--{name}")
         group.add_argument("--time", help="limit of one slot, as 24:00:00; pretraining goes on in the next one")
-        group.add_argument("--signal-lead", type=int, metavar="S", help="seconds before it to save (default 300)")
+        group.add_argument(
+            "--signal-lead", type=int, metavar="S", help="seconds before it to save (default 300, or a fifth of it)"
+        )
 
     verb = add("launch", launch)
     add_resources(verb)
@@ -358,8 +360,11 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     before = {number: signal.getsignal(number) for number in preemption.SLURM_SIGNALS}
     if signals:
         (preemption.note_signals if args.verb == "pretrain" else preemption.stop_at_signals)()
-    logging.basicConfig(format="ssl-pipeline: %(message)s", stream=sys.stderr)
-    logging.getLogger("ssl_pipeline").setLevel(logging.INFO)
+    log = logging.getLogger("ssl_pipeline")
+    if not log.handlers:  # our own logger's, not the root's: other libraries' messages stay theirs
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(logging.Formatter("ssl-pipeline: %(message)s"))
+    log.setLevel(logging.INFO)
     try:
         status = int(args.action(args))
         if "torch.distributed" in sys.modules:

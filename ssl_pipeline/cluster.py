@@ -6,7 +6,6 @@ Everything here also works where there is no Slurm: what cannot be asked is said
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -302,18 +301,12 @@ def status(run: RunFolder) -> str:
     ]
     for event in events:
         if event["event"] == "submitted":
-            lines.append(
-                f"job {event['job']}  {event['verb']}: {job_state(event['job']) if event['cluster'] == 'slurm' else event['cluster']}"
-            )
-    for path in sorted(run.results.glob("*.json")):
-        lines.append(f"result {path.stem}: {_shown(path.read_text(encoding='utf-8'))}")
+            state = job_state(event["job"]) if event["cluster"] == "slurm" else event["cluster"]
+            lines.append(f"job {event['job']}  {event['verb']}: {state}")
+    for name, values in run.read_results().items():
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        lines.append(f"result {name}: {', '.join(f'{key} {value:.2f}' for key, value in numbers.items())}")
     return "\n".join(lines)
-
-
-def _shown(text: str) -> str:
-    values = json.loads(text)
-    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-    return ", ".join(f"{key} {value:.2f}" for key, value in numbers.items()) or f"{len(values)} entries"
 
 
 def _state(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import submitit
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -58,8 +58,8 @@ class Resources(config.Options):
     exclude: str | None = None
     constraint: str | None = None
     dependency: str | None = None
-    signal_lead: int = Field(300, gt=0)
-    """Seconds before the time limit at which all is saved and the job requeued."""
+    signal_lead: int | None = Field(None, gt=0)
+    """Seconds before the time limit at which all is saved and the job requeued; by default 300, or a fifth of `time`."""
 
     @field_validator("time")
     @classmethod
@@ -67,6 +67,19 @@ class Resources(config.Options):
         if text is not None:
             minutes(text)
         return text
+
+    @model_validator(mode="after")
+    def _lead_fits(self) -> Resources:
+        if self.time is not None and self.lead >= 60 * minutes(self.time):
+            raise ValueError(
+                f"a signal {self.lead} s before the end of a slot of {self.time} comes at once: lower --signal-lead"
+            )
+        return self
+
+    @property
+    def lead(self) -> int:
+        """Seconds before the time limit at which the signal comes."""
+        return self.signal_lead or (min(300, 12 * minutes(self.time)) if self.time else 300)
 
     @property
     def tasks(self) -> int:
@@ -200,7 +213,7 @@ def parameters(resources: Resources, name: str, **more: str) -> dict[str, Any]:
         "exclude": resources.exclude,
         "constraint": resources.constraint,
         "dependency": resources.dependency,
-        "signal_delay_s": resources.signal_lead,
+        "signal_delay_s": resources.lead,
         "stderr_to_stdout": True,
         # One rank's status ends no other rank; those that hang after one died are ended after two minutes.
         # Since 22.05 srun does not take --cpus-per-task from the job.
@@ -237,7 +250,7 @@ def submit(
             tasks_per_node=resources.tasks,
             gpus_per_node=resources.gpus_per_node,
             timeout_min=minutes(resources.time) if resources.time else _YEAR,
-            signal_delay_s=resources.signal_lead,
+            signal_delay_s=resources.lead,
             stderr_to_stdout=True,
         )
     else:
@@ -442,7 +455,7 @@ def plan(
         f"--nodes={asked.nodes}",
         f"--ntasks-per-node={asked.tasks}",
         f"--gpus-per-node={asked.gpus_per_node}",
-        f"--signal=USR2@{lead}",
+        f"--signal=USR2@{asked.lead}",
         *(f"--{key.replace('_', '-')}={value}" for key in _SBATCH if (value := getattr(asked, key)) is not None),
     ]
     line = shlex.join(["sbatch", *by_hand, "slurm/pretrain_imagenet.sh", *words])

@@ -113,6 +113,11 @@ class RunFolder:
         os.replace(partial, path)
         return path
 
+    def read_results(self) -> dict[str, dict[str, Any]]:
+        """What the evaluations wrote: the name of each file in results/, and its values."""
+        files = [path for path in sorted(self.results.glob("*.json")) if path.is_file()]
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
     def record(self, event: str, **values: Any) -> None:
         """Append an object to jobs.jsonl, which tells what was submitted, started, excluded and ended here, and when."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,9 @@ def of_run(run: RunFolder) -> Path:
     """Write RUN/report.html from what lies in RUN/results. Raises BadInput where the folder is no run."""
     method = run.read_config()["method"]["name"]
     rows = {
-        f"{path.stem}: {key}": [value]
-        for path in sorted(run.results.glob("*.json"))
-        for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+        f"{name}: {key}": [value]
+        for name, values in run.read_results().items()
+        for key, value in values.items()
         if isinstance(value, (int, float))
     }
     note = "Accuracies in percent on the held-out pictures." if rows else "No evaluation has written a result yet."

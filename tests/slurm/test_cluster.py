@@ -1,0 +1,130 @@
+"""What CI runs on the real cluster: sbatch and preemption, submitit and requeue, an experiment, a full-size script."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from ssl_pipeline.run_folder import RunFolder
+from tests.slurm.conftest import REPOSITORY, TWO_BY_TWO, Cluster, recipe, same, starts
+
+pytestmark = pytest.mark.slurm
+
+
+def test_sbatch_is_preempted_by_a_higher_partition_and_goes_on(cluster: Cluster, quiet: Path, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    line = (*TWO_BY_TWO, "slurm/pretrain_imagenet.sh", *recipe(few_digits))
+    job = cluster.sbatch(*line, RUN=str(run))
+    cluster.until_step(run, 12)
+    higher = cluster.preempt()
+    cluster.wait(higher)
+    assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert f"stopped with everything saved; requeueing job {job}" in cluster.output(job)
+    first, second = starts(run)
+    assert second["step"] > 12  # it saved at the signal, not only at step 10
+    assert (first["job"], second["job"], second["restart"]) == (job, job, 1)
+    assert sorted(path.name for path in (run / "logs").iterdir()) == [f"{job}_{rank}.log" for rank in range(4)]
+    same(run, quiet)
+
+
+def test_submitit_is_requeued_and_goes_on(cluster: Cluster, quiet: Path, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    resources = ("--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", 5, "--signal-lead", 30)
+    told = cluster.tell("ssl-pipeline", "launch", "pretrain", *recipe(few_digits), "--output", run, *resources)
+    job = re.search(r"submitted job (\d+) \(slurm\)", told).group(1)
+    cluster.until_step(run, 12)
+    shown = cluster.tell("ssl-pipeline", "status", run)
+    assert re.search(rf"Slurm job {job} RUNNING on node\[\d-\d\]", shown), shown
+    assert re.search(r"step 1\d of 30, epoch 1 of 10", shown), shown
+    cluster.tell("scontrol", "requeue", job)
+    assert cluster.wait(job) == "COMPLETED"
+    assert len(starts(run)) == 2
+    same(run, quiet)
+    shown = cluster.tell("ssl-pipeline", "status", run)
+    for text in (f"{run}: finished", "step 30 of 30", "1 restart, 4 ranks", "last checkpoint: step 30"):
+        assert text in shown
+
+
+def test_an_experiment_with_one_evaluation_that_fails(cluster: Cluster, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    (run / "results" / "knn.json" / "in the way").mkdir(parents=True)  # so that k-nn cannot write its result
+    told = cluster.tell("ssl-pipeline", "experiment", *recipe(few_digits, 20), "--output", run, "--time", 5)
+    jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
+    assert list(jobs) == ["pretrain", "knn", "linear-probe", "report"]
+    assert "PENDING (Dependency)" in cluster.tell("ssl-pipeline", "status", run)
+    assert cluster.wait(jobs["report"]) == "COMPLETED"
+    ends = {verb: cluster.state(job) for verb, job in jobs.items()}
+    assert ends == {"pretrain": "COMPLETED", "knn": "FAILED", "linear-probe": "COMPLETED", "report": "COMPLETED"}
+    assert json.loads((run / "results" / "linear_probe.json").read_text())["linear_top1"] > 10
+    assert "linear_top1" in (run / "report.html").read_text()
+    # The failed one again, alone, by the line that was printed.
+    (run / "results" / "knn.json" / "in the way").rmdir()
+    (run / "results" / "knn.json").rmdir()
+    again = re.search(r"again alone: (ssl-pipeline launch knn .*)", told).group(1).split()
+    job = re.search(r"submitted job (\d+)", cluster.tell(*again)).group(1)
+    assert cluster.wait(job) == "COMPLETED"
+    assert json.loads((run / "results" / "knn.json").read_text())["knn5_top1"] > 10
+
+
+def test_evaluations_of_a_pretraining_that_failed_do_not_wait_for_ever(cluster: Cluster, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    told = cluster.tell(
+        "ssl-pipeline", "experiment", *recipe(few_digits, 20), "--output", run, "--time", 5, "--mem", "1M"
+    )
+    jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
+    cluster.tell("scancel", jobs["pretrain"])
+    assert [cluster.wait(jobs[verb]) for verb in ("knn", "linear-probe")] == ["CANCELLED", "CANCELLED"]
+
+
+def test_full_size_scripts_pass_test_only(cluster: Cluster) -> None:
+    done = cluster.run("sbatch", "--test-only", "--nodes=8", "slurm/pretrain_imagenet.sh")
+    assert done.returncode == 0, done.stderr
+    assert "using 512 processors on nodes node[1-8]" in done.stderr
+    refused = cluster.run("sbatch", "--test-only", "--nodes=9", "slurm/pretrain_imagenet.sh")
+    assert refused.returncode != 0
+
+
+def test_plan_asks_the_cluster(cluster: Cluster, few_digits: Path) -> None:
+    words = (
+        "plan",
+        "imagenet/barlow_twins_sparsehead",
+        f"data.root={few_digits}",
+        "data.batch_size=64",
+        "--time",
+        "24:00:00",
+    )
+    full = ("--nodes", 8, "--gpus-per-node", 8, "--cpus-per-task", 8, "--images-per-second", 400)
+    shown = cluster.tell("ssl-pipeline", *words, *full, "--output", cluster.folder / "run")
+    for text in (
+        "batch per rank: 1 on 64 ranks",
+        "GPU-hours",
+        "slots of 24:00:00: 1",
+        "a preempted job gets the signal of --signal and 20 s before it is killed",
+        "to start at",
+        "#SBATCH --nodes=8",
+    ):
+        assert text in shown, shown
+    assert not (cluster.folder / "run").exists()
+    refused = cluster.run("ssl-pipeline", *words, *full, "--partition", "nowhere")
+    assert refused.returncode == 2
+    assert "Slurm refuses this job" in refused.stderr
+    assert "invalid partition" in refused.stderr
+
+
+def test_a_job_that_slurm_refuses_is_one_sentence(cluster: Cluster, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    words = ("launch", "pretrain", *recipe(few_digits), "--output", run, "--partition", "nowhere")
+    refused = cluster.run("ssl-pipeline", *words)
+    assert refused.returncode == 2
+    assert "Slurm refuses the job" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not [event for event in RunFolder(run).events() if event["event"] == "submitted"]
+
+
+def test_submitted_from_elsewhere_the_script_says_from_where(cluster: Cluster) -> None:
+    job = cluster.sbatch(*TWO_BY_TWO, REPOSITORY / "slurm" / "pretrain_imagenet.sh", cwd=cluster.folder)
+    assert cluster.wait(job) == "FAILED"
+    assert "submit it from the repository's root, where slurm/job.sh lies" in cluster.output(job)
