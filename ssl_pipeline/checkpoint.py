@@ -151,11 +151,12 @@ def state_bytes(values: Any) -> int:
     return 0
 
 
-def require_room(folder: Path, needed: int) -> None:
-    """Raises StorageFailure where the folder's disk cannot hold `needed` bytes more."""
+def require_room(folder: Path, needed: int) -> int:
+    """Free bytes on the folder's disk. Raises StorageFailure where it cannot hold `needed` bytes more."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageFailure(
             f"the disk of {folder} has {free / 1e6:.0f} MB free and the checkpoints of this run need {needed / 1e6:.0f} MB: "
             "free room, lower checkpoint.keep, or name another output"
         )
+    return free

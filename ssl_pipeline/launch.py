@@ -7,6 +7,7 @@ Pretraining replaces submitit's handlers by its own: all ranks save together at 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -24,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.slurm import _make_sbatch_string
 
-from ssl_pipeline import cluster, config, preemption
+from ssl_pipeline import checkpoint, cluster, config, preemption
 from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.monitor import duration
 from ssl_pipeline.run_folder import RunFolder, read_lines
@@ -289,7 +290,9 @@ def follow(ids: Sequence[str], resources: Resources, folder: Path, run: RunFolde
     """How to see a job that was submitted."""
     if not ids:
         return "done in this process"
-    lines = [f"submitted {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)} ({resources.cluster})"]
+    gpus = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "no GPU"
+    asked = f"nodes {resources.nodes}, on each {resources.tasks} processes and {gpus}"
+    lines = [f"submitted {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)} ({resources.cluster}): {asked}"]
     if run is not None:
         lines.append(f"status:   ssl-pipeline status {shlex.quote(str(run.path))}")
     lines.append(f"log:      tail -F {shlex.quote(str(folder / f'{ids[0]}_0_log.out'))}")
@@ -408,17 +411,17 @@ def plan(
     costs = cost(options)
     lines = [f"{key}: {value}" for key, value in facts.items()]
 
-    room = cluster.free_bytes(str(output))
-    parent = output
+    parent = output.absolute()
     while not parent.is_dir():
-        parent = parent.absolute().parent
-    speed = cluster.write_speed(str(parent))
+        parent = parent.parent
     size = costs["checkpoint_bytes"]
     needed = (options.checkpoint.keep + 1) * size
+    room = checkpoint.require_room(parent, needed)
+    speed = cluster.write_speed(parent)
     lead = cluster.signal_lead(size, speed)
     lines += [
         f"checkpoint: {size / 1e9:.2f} GB, {options.checkpoint.keep} kept and one being written: {needed / 1e9:.2f} GB; "
-        f"{room / 1e9:.0f} GB free at {parent}" + ("" if room > needed else ": NOT ENOUGH"),
+        f"{room / 1e9:.0f} GB free at {parent}",
         f"signal lead: {lead} s (three saves at {speed / 1e9:.2f} GB/s measured at {parent}, and Slurm's own slack)",
     ]
     if images_per_second is None and measure_seconds:
@@ -479,9 +482,10 @@ def test_only(text: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
+        line = ["sbatch", "--test-only", file.name]
         try:
             done = subprocess.run(
-                ["sbatch", "--test-only", file.name],
+                line,
                 capture_output=True,
                 text=True,
                 env=outside(),
@@ -508,10 +512,8 @@ def _measure(words: Sequence[str], options: Any, resources: Resources, seconds: 
         run = Path(folder) / "run"
         line = [sys.executable, "-m", "ssl_pipeline", "pretrain", *words, f"data.batch_size={share}", "max_steps=12",
                 "monitor.every_steps=1", "monitor.tensorboard=false", "--output", str(run)]  # fmt: skip
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(line, env=outside(), capture_output=True, timeout=seconds, check=False)
-        except subprocess.TimeoutExpired:
-            pass
         speeds = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl")[2:]]
     if not speeds:
         return None, f"not measured: fewer than three steps in {seconds} s on this machine (--measure-seconds)"

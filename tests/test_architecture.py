@@ -17,6 +17,7 @@ SHARED = GROUND | {
     "monitor",
     "preemption",
     "run_folder",
+    "cluster",
 }
 ALLOWED = {
     "exits": set(),
@@ -33,9 +34,11 @@ ALLOWED = {
     "data.prepare": GROUND | {"data.index"},
     "methods": GROUND | {"head", "sparse_head", "backbone"},
     "checkpoint": GROUND,
-    "monitor": GROUND | {"__init__"},
+    "monitor": GROUND | {"run_folder"},
     "preemption": GROUND,
     "run_folder": GROUND,
+    "cluster": GROUND | {"checkpoint", "monitor", "run_folder"},
+    "launch": SHARED,
     "evaluation": SHARED | {"evaluation"},
     "pretrain": SHARED | {"methods", "evaluation.online"},
     "demo": None,

@@ -62,6 +62,8 @@ def test_when_due() -> None:
     options = checkpoint.Options(every_steps=4, every_epochs=2)
     assert [step for step in range(1, 13) if options.due(step, steps_per_epoch=5)] == [4, 8, 10, 12]
     assert not checkpoint.Options(every_epochs=None).due(5, 5)
+    bare = checkpoint.Options(every_epochs=None, backbone_every_epochs=2)  # a bare backbone comes with a checkpoint
+    assert [step for step in range(1, 21) if bare.due(step, steps_per_epoch=5)] == [10, 20]
 
 
 def test_room_is_asked_for_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
 import copy
+import multiprocessing as mp
+import os
+import socket
+from datetime import timedelta
 
 import pytest
 import timm
@@ -111,10 +115,10 @@ def test_place_from_torchrun_slurm_or_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MASTER_ADDR", "")
     monkeypatch.delenv("MASTER_ADDR")
     assert distributed._place() == (5, 8, 1, 4)
-    import os
-
+    assert "MASTER_ADDR" not in os.environ  # the ranks look for each other
+    monkeypatch.setenv("MASTER_PORT", "5000")  # unless somebody knows better
+    assert distributed._place() == (5, 8, 1, 4)
     assert os.environ["MASTER_ADDR"] == "n1"
-    assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.delenv("MASTER_PORT")
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
@@ -159,3 +163,87 @@ def _crashing() -> list[int]:
 
 def test_a_crash_on_one_rank_stops_the_others() -> None:
     assert on_ranks(2, _crashing) == [[0], [Status.CRASH]]
+
+
+# -------------------------------------------------------------------------------------------------- meeting under Slurm
+def test_ports_differ_between_jobs_steps_and_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    for job, step, restart in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        for name, value in (("JOB_ID", job), ("STEP_ID", step), ("RESTART_COUNT", restart)):
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        ports = distributed._slurm_ports()
+        assert len(set(ports)) == 4
+        assert all(10000 <= port < 30000 for port in ports)  # below those that the system hands out
+        seen.add(tuple(ports))
+    assert len(seen) == 4
+
+
+def _met(rank: int, ports: list[int], found: "mp.Queue") -> None:
+    os.environ |= {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}
+    store = distributed._meet(rank, 2, "127.0.0.1", ports, timedelta(seconds=60))
+    if rank == 0:
+        store.set("word", "hello")
+        store.wait(["read"])
+        found.put(store.port)
+    else:
+        found.put(store.get("word").decode())
+        store.set("read", "yes")
+
+
+def test_ranks_meet_though_another_program_holds_the_first_port() -> None:
+    context = mp.get_context("spawn")
+    found = context.Queue()
+    with socket.socket() as foreign, socket.socket() as free:
+        for one in (foreign, free):
+            one.bind(("127.0.0.1", 0))
+        foreign.listen()  # accepts, and never answers
+        ports = [foreign.getsockname()[1], free.getsockname()[1]]
+        free.close()
+        ranks = [context.Process(target=_met, args=(rank, ports, found)) for rank in range(2)]
+        for one in ranks:
+            one.start()
+        assert {found.get(timeout=90), found.get(timeout=90)} == {"hello", ports[1]}
+        for one in ranks:
+            one.join(30)
+
+
+def test_ranks_that_do_not_meet_say_where_they_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(Stop, match=f"rank 1 does not find the other ranks at 127.0.0.1, ports {port}"):
+        distributed._meet(1, 2, "127.0.0.1", [port], timedelta(seconds=1))
+
+
+# -------------------------------------------------------------------------------------------------------- small things
+def _gathered() -> list:
+    return distributed.gather_json({"rank": distributed.rank(), "text": "ä" * distributed.rank()})
+
+
+def test_plain_data_of_all_ranks() -> None:
+    for found in on_ranks(3, _gathered):
+        assert found == [{"rank": rank, "text": "ä" * rank} for rank in range(3)]
+
+
+def _means_of(layouts: list[list[int]]) -> list[torch.Tensor]:
+    """The mean over the ranks of the same numbers, standing at different places of a bucket."""
+    torch.manual_seed(distributed.rank())
+    numbers = torch.randn(999) * 10.0 ** torch.randint(-3, 4, (999,))
+    found = []
+    for layout in layouts:
+        whole = torch.cat([numbers[place::3] for place in layout])
+
+        class Bucket:
+            def buffer(self, whole: torch.Tensor = whole) -> torch.Tensor:
+                return whole
+
+        mean = distributed._mean_in_rank_order(None, Bucket()).wait()
+        parts = dict(zip(layout, mean.chunk(3), strict=True))
+        found.append(torch.cat([parts[place] for place in range(3)]))
+    return found
+
+
+def test_the_mean_of_gradients_does_not_depend_on_the_order_of_the_bucket() -> None:
+    for first, second in on_ranks(4, _means_of, [[0, 1, 2], [2, 0, 1]]):
+        assert torch.equal(first, second)

@@ -1,22 +1,63 @@
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from ssl_pipeline.preemption import SIGNALS, Preemption
+from ssl_pipeline import preemption
+from ssl_pipeline.exits import Status, Stop
+from ssl_pipeline.preemption import SIGNALS, SLURM_SIGNALS, Preemption
 from tests.ranks import on_ranks
 
 
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    preemption._noted.clear()
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_known_one_step_later_and_handlers_come_back(number: int) -> None:
-    before = signal.getsignal(number)
+def test_a_signal_is_known_one_step_later_and_more_of_them_change_nothing(number: int) -> None:
     with Preemption() as preemption:
         assert not preemption.requested()
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # a second one does no harm
+        os.kill(os.getpid(), number)
         assert [preemption.requested(), preemption.requested()] == [False, True]
-    assert signal.getsignal(number) == before
+        os.kill(os.getpid(), number)  # as while it saves
+    os.kill(os.getpid(), number)  # and while the process ends: the handlers stayed
+
+
+def test_handlers_come_back_after_a_run_that_was_not_stopped() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with Preemption() as preemption:
+        assert not preemption.requested()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_a_signal_that_came_before_the_loop_is_answered_in_it() -> None:
+    preemption.note_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with Preemption() as within:
+        assert [within.requested(), within.requested()] == [False, True]
+
+
+@pytest.mark.parametrize("number", SLURM_SIGNALS)
+def test_what_has_nothing_to_save_ends_with_75(number: int) -> None:
+    preemption.stop_at_signals()
+    with pytest.raises(Stop, match=f"stopped by {signal.Signals(number).name}") as stopped:
+        os.kill(os.getpid(), number)
+    assert stopped.value.status == Status.STOPPED
+
+
+def test_handlers_stand_before_torch_is_imported() -> None:
+    code = "import sys; from ssl_pipeline import cli, preemption; assert not {'torch', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def _signalled_on_rank_one() -> torch.Tensor:

@@ -172,6 +172,28 @@ def test_two_ranks_of_torchrun_are_one(digits: Path, tmp_path: Path, command: Ca
     assert one[0]["loss"] - one[-1]["loss"] > 0.01  # it trains: agreement of a standstill would say nothing
 
 
+def test_two_ranks_stopped_and_resumed_are_not_stopped(few_digits: Path, tmp_path: Path, command: Callable) -> None:
+    words = ("pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "monitor.tensorboard=false")
+    for run, ends in (("whole", (8,)), ("parts", (3, 8))):
+        for end in ends:
+            done = command(*words, f"max_steps={end}", "--output", run, ranks=2)
+            assert done.returncode == Status.DONE, done.stderr
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_bare_backbones_are_kept(few_digits: Path, tmp_path: Path) -> None:
+    chosen = options(
+        few_digits, "checkpoint.every_epochs=null", "checkpoint.backbone_every_epochs=2", "max_steps=40", "epochs=4"
+    )
+    assert pretrain.pretrain(chosen, tmp_path / "run") == Status.DONE
+    kept = sorted(path.name for path in (tmp_path / "run" / "backbones").iterdir())
+    assert kept == ["epoch_0002.json", "epoch_0002.pth", "epoch_0004.json", "epoch_0004.pth"]
+    last, whole = (
+        torch.load(tmp_path / "run" / name, weights_only=True) for name in ("backbones/epoch_0004.pth", "backbone.pth")
+    )
+    assert all(torch.equal(value, whole[name]) for name, value in last.items())
+
+
 def test_ranks_that_do_not_divide_the_batch_stop_all(few_digits: Path, tmp_path: Path, command: Callable) -> None:
     done = command(
         "pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=63", "--output", tmp_path / "r", ranks=2

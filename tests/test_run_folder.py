@@ -45,3 +45,32 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     assert "is being written by process" in second.stderr
     run.close()
     RunFolder(tmp_path).open_for_writing(CONFIG)
+
+
+def test_the_diary_keeps_whole_lines_and_no_run_ends_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert run.events() == []
+    run.record("start", job="5")
+    with run.jobs.open("a") as file:
+        file.write('{"event": "sta')
+    (event,) = run.events()
+    assert (event["event"], event["job"]) == ("start", "5")
+    run.jobs.unlink()
+    run.jobs.mkdir()
+    run.record("start", job="5")
+    assert "cannot write to" in caplog.text
+
+
+def test_who_holds_a_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert not run.is_locked()
+    run.open_for_writing({"a": 1})
+    code = "import sys; from ssl_pipeline.run_folder import *; print(RunFolder(Path(sys.argv[1])).is_locked())"
+
+    def seen() -> str:  # by another process: a process's own lock never hinders it
+        line = [sys.executable, "-c", code, str(run.path)]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert seen() == "True"
+    run.close()
+    assert seen() == "False"

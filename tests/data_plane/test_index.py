@@ -34,3 +34,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     make(tmp_path, "a/1.jpg", "b/notes.txt")
     with pytest.raises(BadInput, match=r"class folder .*/b' holds no pictures"):
         image_folder(tmp_path)
+
+
+def test_the_digest_names_the_listing(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    before = image_folder(tmp_path).digest()
+    assert image_folder(tmp_path).digest() == before
+    (tmp_path / "b" / "2.png").touch()
+    assert image_folder(tmp_path).digest() != before

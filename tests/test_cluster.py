@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline import cluster, distributed
+from ssl_pipeline.exits import BadInput, RankLost, Status
+from ssl_pipeline.run_folder import RunFolder
+from tests.ranks import on_ranks
+
+
+# ------------------------------------------------------------------------------------------------------------ preflight
+def report(host: str, self_test: str = "", **same: str) -> dict:
+    return {"host": host, "self_test": self_test, "same": {"torch": "2.14.1", **same}}
+
+
+def test_nodes_that_agree_have_no_findings() -> None:
+    reports = [report(host) for host in ("n1", "n1", "n2", "n2")]
+    assert cluster.findings(reports, {"n1": 1e9, "n2": 1e8}) == ({}, [])  # of two nodes nobody knows which one is slow
+
+
+def test_single_nodes_at_fault_are_named() -> None:
+    reports = [
+        report("n1"),
+        report("n2", "its device fails: no"),
+        report("n3", torch="2.0"),
+        report("n4"),
+        report("n5"),
+    ]
+    links = {"n1": 1e9, "n2": 1e9, "n3": 1e9, "n4": 0.9e9, "n5": 0.49e9}
+    bad, undecided = cluster.findings(reports, links)
+    assert undecided == []
+    assert bad == {
+        "n2": "its device fails: no",
+        "n3": "torch is 2.0, elsewhere 2.14.1",
+        "n5": "its link carries 0.49 GB/s, the median node's 1.00",
+    }
+
+
+def test_without_a_majority_nobody_is_blamed() -> None:
+    bad, undecided = cluster.findings([report("n1", config="a"), report("n2", config="b")], {})
+    assert bad == {}
+    assert undecided == ["the nodes differ in config: a on n1, b on n2"]
+
+
+def test_where_all_nodes_are_bad_none_is_left_out() -> None:
+    bad, undecided = cluster.findings([report("n1", "fails"), report("n2", "fails")], {})
+    assert bad == {}
+    assert undecided == ["node n1: fails", "node n2: fails"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8, 33])
+def test_each_node_meets_both_neighbours_in_rounds_of_disjoint_pairs(nodes: int) -> None:
+    rounds = cluster.pairs(nodes)
+    for found in rounds:
+        ends = [end for pair in found for end in pair]
+        assert len(set(ends)) == len(ends)
+    met = sorted(end for found in rounds for pair in found for end in pair)
+    assert met == sorted(list(range(nodes)) * (2 if nodes > 2 else 1))
+    assert len(rounds) <= 3
+
+
+def test_one_node_has_no_links() -> None:
+    assert cluster.pairs(1) == []
+
+
+def test_the_self_test_finds_a_device_that_multiplies_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert cluster.self_test(device) == ""
+    right = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: right(a, b) + torch.eye(256))
+    assert cluster.self_test(device) == "its device multiplies matrices wrongly"
+
+    def fails(a: torch.Tensor, b: torch.Tensor) -> None:
+        raise RuntimeError("uncorrectable ECC error")
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", fails)
+    assert cluster.self_test(device) == "its device fails: uncorrectable ECC error"
+
+
+def _preflight(folder: str, ranks_differ: bool) -> str:
+    world = distributed.start()
+    if ranks_differ:
+        # Two nodes are pretended, so that one of them may hold another file.
+        cluster.socket.gethostname = lambda: f"n{world.rank}"  # type: ignore[attr-defined]
+    try:
+        cluster.preflight(world, RunFolder(Path(folder)), {"config": str(world.rank * ranks_differ)})
+    except RankLost as lost:
+        return f"{int(lost.status)} {lost}"
+    return "passed"
+
+
+def test_preflight_over_two_ranks(tmp_path: Path) -> None:
+    assert on_ranks(2, _preflight, str(tmp_path), False) == ["passed", "passed"]
+    first, second = on_ranks(2, _preflight, str(tmp_path), True)
+    assert first == (
+        "78 preflight failed: the nodes differ in config: 0 on n0, 1 on n1: "
+        "give all nodes the same installation and files"
+    )
+    assert second.strip() == "78"  # one rank says it for all
+
+
+# ------------------------------------------------------------------------------------------------------- Slurm and none
+def test_without_slurm_nothing_is_requeued_and_states_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert cluster.job_id() is None
+    assert not cluster.requeue()
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert not cluster.requeue(exclude=["n1"])
+    assert cluster.job_state("12") == "unknown"
+    assert cluster.preemption_facts(None) == ["no Slurm answers here: nothing is known about preemption"]
+
+
+def slurm_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Slurm's commands replaced by scripts, which note how they were called."""
+    for name, body in commands.items():
+        path = folder / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/called"\n{body}\n')
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_excluded_nodes_are_added_to_those_excluded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shows = '[ "$2" = show ] && echo "JobId=12 ExcNodeList=n[7-8] Command=x"; exit 0'
+    slurm_of(tmp_path, monkeypatch, squeue="echo RUNNING", scontrol=shows)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert cluster.requeue(exclude=["n1", "n2"])
+    assert (tmp_path / "called").read_text().splitlines()[-2:] == [
+        "scontrol requeue 12",
+        "scontrol update JobId=12 ExcNodeList=n[7-8],n1,n2",
+    ]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])
+def test_a_job_that_is_ending_is_not_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    slurm_of(tmp_path, monkeypatch, squeue=f"echo {state}", scontrol="exit 0")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert not cluster.requeue()
+    assert "requeue" not in (tmp_path / "called").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- status
+def test_status_of_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is no run folder"):
+        cluster.status(RunFolder(tmp_path))
+
+
+def test_status_of_a_run_that_was_stopped_and_of_one_that_is_held(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open_for_writing({"a": 1})
+    run.record("start", job=None, restart=0, nodes=None, host="n1", ranks=4, step=0, steps=100, epochs=5)
+    run.record("start", job=None, restart=0, nodes=None, host="n1", ranks=4, step=40, steps=100, epochs=5)
+    run.metrics.write_text('{"step": 50, "epoch": 2, "images_per_second": 1234.5, "seconds_left": 400000}\n{"ste')
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step_00000040.pt").touch()
+    run.write_result("knn", {"knn5_top1": 61.234, "weights": "x"})
+    run.close()
+    shown = cluster.status(run).splitlines()
+    assert shown[0] == f"{tmp_path}: stopped at step 40; the same command goes on"
+    assert shown[1:4] == ["step 50 of 100, epoch 2 of 5", "1234 images/s, 4 days 15 h left", "1 restart, 4 ranks"]
+    assert shown[4].startswith("last checkpoint: step 40, 0 min")
+    assert shown[5] == "result knn: knn5_top1 61.23"
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
+CONFIG = {"JobRequeue": "1", "EnforcePartLimits": "ALL", "AccountingStorageType": "accounting_storage/slurmdbd",
+          "KillWait": "30 sec", "SlurmctldParameters": "(null)"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "partition", "said"),
+    [
+        ({}, {"PreemptMode": "OFF", "PartitionName": "gpu"}, "jobs of partition gpu are not preempted"),
+        (
+            {},
+            {"PreemptMode": "REQUEUE", "GraceTime": "120"},
+            "gets SIGTERM and 120 s before it is killed; that is enough",
+        ),
+        (
+            {"SlurmctldParameters": "preempt_send_user_signal,idle_on_node_suspend"},
+            {"PreemptMode": "REQUEUE", "GraceTime": "120"},
+            "gets the signal of --signal and 120 s",
+        ),
+        ({}, {"PreemptMode": "REQUEUE", "GraceTime": "0"}, "only KillWait = 30 s"),
+        ({"JobRequeue": "0"}, {}, "JobRequeue=0"),
+        ({"EnforcePartLimits": "NO"}, {}, "waits for ever instead of being refused"),
+        ({"AccountingStorageType": "accounting_storage/none"}, {}, "no accounting"),
+    ],
+)
+def test_what_a_cluster_does_to_preempted_jobs(config: dict, partition: dict, said: str) -> None:
+    assert said in "\n".join(cluster.judge_preemption(CONFIG | config, partition))
+
+
+def test_slots_and_leads() -> None:
+    assert cluster.slots(3600, 24 * 3600, 300) == 1
+    # 10 h of work in slots of 1 h, of which 300 s go to the lead and 60 s to the start: 36000 / 3240 = 11.1
+    assert cluster.slots(36000, 3600, 300) == 12
+    assert cluster.slots(36000, 300, 300) == 0
+    assert cluster.signal_lead(0, 1e9) == 90
+    assert cluster.signal_lead(10 * 10**9, 1e9) == 120  # three saves of 10 s and 90 s
+
+
+def test_write_speed_leaves_nothing(tmp_path: Path) -> None:
+    assert cluster.write_speed(tmp_path) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_lost_exits_78() -> None:
+    assert RankLost("x").status == Status.RANK_LOST == 78
