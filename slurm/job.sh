@@ -25,10 +25,15 @@ run_job() {
         signalled=0 status=0
         wait "$pid" || status=$?
     done
-    # 75: stopped by a signal, everything saved. A job that is being cancelled, or comes back anyway, is not RUNNING.
-    if [[ $status == 75 && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-        echo "stopped with everything saved; requeueing job $SLURM_JOB_ID"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    # 75: stopped by a signal, everything saved. 138, 140, 143: Python died of SIGUSR1, SIGUSR2 or SIGTERM before it could
+    # listen to them. A job that is being cancelled, or comes back anyway, is not RUNNING.
+    case $status in
+        75 | 138 | 140 | 143)
+            if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
+                echo "stopped by a signal, all that was done is saved: requeueing job $SLURM_JOB_ID"
+                scontrol requeue "$SLURM_JOB_ID"
+            fi
+            ;;
+    esac
     exit "$status"
 }

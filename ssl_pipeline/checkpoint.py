@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from ssl_pipeline import config
 from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.run_folder import checkpoint_file, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -60,7 +60,7 @@ class Options(config.Options):
 
 def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the checkpoint of its step and remove all but the newest `keep`. Raises StorageFailure."""
-    target = path(folder, state["step"])
+    target = checkpoint_file(folder, state["step"])
     partial = folder / f".{target.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +75,8 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
         raise StorageFailure(
             f"cannot write checkpoint {target}: {error}; free room and give the same command again"
         ) from None
-    for old in steps(folder)[:-keep]:
-        path(folder, old).unlink(missing_ok=True)
+    for old in saved_steps(folder)[:-keep]:
+        checkpoint_file(folder, old).unlink(missing_ok=True)
     return target
 
 
@@ -86,19 +86,6 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def path(folder: Path, step: int) -> Path:
-    """The file of a step's checkpoint."""
-    return folder / f"step_{step:08d}.pt"
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    found = (re.fullmatch(r"step_(\d{8,})\.pt", name) for name in os.listdir(folder))
-    return sorted(int(match.group(1)) for match in found if match)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -126,8 +113,8 @@ def read_newest(folder: Path) -> dict[str, Any] | None:
     A damaged one is named and the next older one taken. Raises BadInput where every one is damaged.
     """
     reasons = []
-    for step in reversed(steps(folder)):
-        file = path(folder, step)
+    for step in reversed(saved_steps(folder)):
+        file = checkpoint_file(folder, step)
         try:
             return read(file)
         except ValueError as error:

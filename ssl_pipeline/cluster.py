@@ -1,41 +1,23 @@
-"""The cluster, asked and told in Slurm's own commands: preflight inside the job, requeue, status, plan.
+"""The cluster, asked and told in Slurm's own commands: requeue, status, what a plan needs to know.
 
 Everything here also works where there is no Slurm: what cannot be asked is said to be unknown.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import os
-import platform
 import re
-import socket
-import statistics
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
-from ssl_pipeline import checkpoint, distributed
-from ssl_pipeline.exits import RankLost, Requeued
-from ssl_pipeline.monitor import duration
-from ssl_pipeline.run_folder import RunFolder, read_lines
+from ssl_pipeline.run_folder import RunFolder, checkpoint_file, duration, read_lines, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
-
-MOST_EXCLUSIONS = 2
-"""Times that a job is put back without its bad nodes, before it gives up."""
-
-FAULT = "SSL_PIPELINE_FAULT"
-"""For tests: `selftest:HOST,...`, `versions:HOST` or `bandwidth:HOST` makes these nodes fail their preflight."""
 
 
 # -------------------------------------------------------------------------------------------------------- Slurm's words
@@ -85,192 +67,6 @@ def requeue(exclude: Sequence[str] = ()) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------------ preflight
-def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str]) -> None:
-    """In a job's first seconds: does every node compute, and do all mean the same?
-
-    All ranks compare versions and `same` (digests of config and data listing), test their device, and measure the links
-    between the nodes and one all-reduce. Where single nodes are at fault and Slurm runs the job, it is put back without
-    them, at most twice, and Requeued is raised; else RankLost, which names them.
-    """
-    host = socket.gethostname()
-    fault, _, faulty = os.environ.get(FAULT, "").partition(":")
-    fault = fault if host in faulty.split(",") else ""
-    mine = {
-        "host": host,
-        "self_test": "a fault was injected" if fault == "selftest" else self_test(world.device),
-        "same": {**versions(world.device), **same},
-    }
-    if fault == "versions":
-        mine["same"] = {**versions(world.device), **same, "torch": "0.0"}
-    reports = distributed.gather_json(mine)
-    hosts = [report["host"] for report in reports]
-    links = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
-    if slow_nodes(links):  # once more before a node is blamed: it may have been busy
-        again = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
-        links = {name: max(speed, again[name]) for name, speed in links.items()}
-    bad, undecided = findings(reports, links)
-    if not bad and not undecided:
-        if world.size > 1:
-            bandwidth = _all_reduce_bandwidth(world)
-            log.info(
-                "preflight: %d ranks on %d nodes agree and compute; all-reduce %.2f GB/s",
-                world.size,
-                len(set(hosts)),
-                bandwidth / 1e9,
-            )
-        return
-    reason = "; ".join([*(f"node {node}: {why}" for node, why in bad.items()), *undecided])
-    requeued = torch.zeros(1)
-    if world.is_main and bad and not undecided:
-        before = [event for event in run.events() if event["event"] == "excluded" and event.get("job") == job_id()]
-        if len(before) < MOST_EXCLUSIONS and requeue(exclude=list(bad)):
-            run.record("excluded", job=job_id(), nodes=list(bad), reason=reason)
-            requeued.fill_(1)
-    dist.broadcast(requeued, 0)
-    mains = world.is_main  # one rank says it for all
-    if requeued.item():
-        raise Requeued(f"preflight failed ({reason}); the job was requeued without it" if mains else "")
-    way_out = f"leave it out by --exclude={','.join(bad)}" if bad else "give all nodes the same installation and files"
-    raise RankLost(f"preflight failed: {reason}: {way_out}" if mains else "")
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What must be the same on all nodes for one job to make sense."""
-    found = {"python": platform.python_version(), "device": device.type}
-    if device.type != "cpu":
-        found["accelerator"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    for name in ("ssl-pipeline", "torch", "timm", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
-def self_test(device: torch.device) -> str:
-    """What is wrong with this rank's device; empty where it multiplies two matrices of whole numbers exactly."""
-    try:
-        size = 256
-        x = (torch.arange(size * size, device=device) % 7).float().reshape(size, size)
-        y = (x @ x).double().cpu()
-        whole = x.cpu().numpy().astype(np.int64)
-        return "" if np.array_equal(y.numpy(), whole @ whole) else "its device multiplies matrices wrongly"
-    except Exception as error:  # any failure of the device is the finding
-        return f"its device fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-
-
-def findings(reports: Sequence[Mapping[str, Any]], links: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
-    """(bad nodes with the reason, differences in which no side is in the majority) from the reports of all ranks.
-
-    `links` holds each node's bandwidth in bytes/s.
-    """
-    bad: dict[str, str] = {}
-    undecided = []
-    for report in reports:
-        if report["self_test"]:
-            bad.setdefault(report["host"], report["self_test"])
-    for key in reports[0]["same"]:
-        nodes: dict[str, str] = {}
-        for report in reports:
-            nodes[report["host"]] = report["same"].get(key, "absent")
-        counts = Counter(nodes.values()).most_common()
-        if len(counts) == 1:
-            continue
-        if counts[0][1] * 2 <= len(nodes):
-            shown = ", ".join(f"{value} on {', '.join(n for n in nodes if nodes[n] == value)}" for value, _ in counts)
-            undecided.append(f"the nodes differ in {key}: {shown}")
-            continue
-        for node, value in nodes.items():
-            if value != counts[0][0]:
-                bad.setdefault(node, f"{key} is {value}, elsewhere {counts[0][0]}")
-    for node, why in slow_nodes(links).items():
-        bad.setdefault(node, why)
-    if bad and len(bad) == len({report["host"] for report in reports}):
-        undecided += [f"node {node}: {why}" for node, why in bad.items()]
-        bad = {}
-    return bad, undecided
-
-
-def slow_nodes(links: Mapping[str, float]) -> dict[str, str]:
-    """Nodes, of three or more, whose bandwidth is under half of the median, with the reason."""
-    if len(links) < 3:
-        return {}
-    median = statistics.median(links.values())
-    return {
-        node: f"its link carries {speed / 1e9:.2f} GB/s, the median node's {median / 1e9:.2f}"
-        for node, speed in links.items()
-        if speed < median / 2
-    }
-
-
-def pairs(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs in which each node meets both neighbours on a ring."""
-    if nodes < 2:
-        return []
-    ring = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else 1)]
-    last = [ring.pop()] if nodes % 2 and nodes > 2 else []
-    return [found for found in (ring[0::2], ring[1::2], last) if found]
-
-
-def _link_bandwidths(world: distributed.World, hosts: Sequence[str], slow: bool) -> dict[str, float]:
-    """Bytes/s that each node exchanged with the better of its two neighbours; a bad link is blamed on no good node."""
-    names = sorted(set(hosts), key=hosts.index)
-    leaders = [hosts.index(name) for name in names]
-    best = torch.zeros(len(names), dtype=torch.float64)
-    buffer = torch.zeros(_probe_bytes(world) // 4, device=world.device)
-    for found in pairs(len(names)):
-        dist.barrier()
-        for a, b in found:
-            if world.rank not in (leaders[a], leaders[b]):
-                continue
-            other = leaders[b] if world.rank == leaders[a] else leaders[a]
-
-            def exchange(other: int = other) -> None:
-                if world.rank < other:
-                    dist.send(buffer, other)
-                    dist.recv(buffer, other)
-                else:
-                    dist.recv(buffer, other)
-                    dist.send(buffer, other)
-
-            exchange()  # the first one opens the connection
-            seconds = min(_timed(exchange, world.device) for _ in range(3))
-            speed = 2 * buffer.numel() * 4 / seconds
-            for node in (a, b):
-                best[node] = max(best[node].item(), speed)
-    if slow:
-        best[names.index(socket.gethostname())] = -1
-    worst = best.clone()
-    dist.all_reduce(best, op=dist.ReduceOp.MAX)
-    dist.all_reduce(worst, op=dist.ReduceOp.MIN)
-    return {
-        name: 1.0 if low < 0 else high for name, high, low in zip(names, best.tolist(), worst.tolist(), strict=True)
-    }
-
-
-def _all_reduce_bandwidth(world: distributed.World) -> float:
-    """Bytes/s that each rank sends in an all-reduce: 2 (W - 1) / W of the buffer, the ring's lower bound."""
-    buffer = torch.zeros(_probe_bytes(world) // 4, device=world.device)
-    dist.all_reduce(buffer)
-    seconds = min(_timed(lambda: dist.all_reduce(buffer), world.device) for _ in range(3))
-    return 2 * (world.size - 1) / world.size * buffer.numel() * 4 / seconds
-
-
-def _probe_bytes(world: distributed.World) -> int:
-    return 2**22 if world.device.type == "cpu" else 2**26
-
-
-def _timed(action: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.monotonic()
-    action()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.monotonic() - start
-
-
 # --------------------------------------------------------------------------------------------------------------- status
 def status(run: RunFolder) -> str:
     """How a run stands, from its folder and from Slurm: state, progress, speed, restarts, age of the last checkpoint."""
@@ -278,7 +74,7 @@ def status(run: RunFolder) -> str:
     events = run.events()
     starts = [event for event in events if event["event"] == "start"]
     last = starts[-1] if starts else None
-    saved = checkpoint.steps(run.checkpoints)
+    saved = saved_steps(run.checkpoints)
     metrics = read_lines(run.metrics)
     lines = [f"{run.path}: {_state(run, events, last, saved)}"]
     if last and metrics:
@@ -292,7 +88,7 @@ def status(run: RunFolder) -> str:
             f"{restarts} restart{'' if restarts == 1 else 's'}, {last['ranks']} rank{'' if last['ranks'] == 1 else 's'}"
         )
     if saved:
-        age = time.time() - checkpoint.path(run.checkpoints, saved[-1]).stat().st_mtime
+        age = time.time() - checkpoint_file(run.checkpoints, saved[-1]).stat().st_mtime
         lines.append(f"last checkpoint: step {saved[-1]}, {duration(age)} ago")
     else:
         lines.append("no checkpoint yet")

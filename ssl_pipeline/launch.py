@@ -3,6 +3,8 @@
 What a job runs is the same `ssl-pipeline VERB ...` as by hand, so there is one code path; its pickle holds these words and
 nothing else. submitit's way to checkpoint (in a signal handler, on rank 0) serves evaluations, which have nothing to save.
 Pretraining replaces submitit's handlers by its own: all ranks save together at a step boundary, then rank 0 requeues.
+
+Nothing here imports torch: until a job has been unpickled nobody listens to signals, and that must not take seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +27,9 @@ from pydantic import Field, field_validator, model_validator
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.slurm import _make_sbatch_string
 
-from ssl_pipeline import checkpoint, cluster, config, preemption
+from ssl_pipeline import cluster, config, preemption
 from ssl_pipeline.exits import BadInput, Status
-from ssl_pipeline.monitor import duration
-from ssl_pipeline.run_folder import RunFolder, read_lines
+from ssl_pipeline.run_folder import RunFolder, duration, read_lines
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -404,6 +405,7 @@ def plan(
     `words` are the config's name and overrides; `images_per_second` of one process spares the measurement. Raises
     BadInput for what cannot work.
     """
+    from ssl_pipeline.checkpoint import require_room
     from ssl_pipeline.pretrain import PretrainConfig, consequences, cost
 
     options = config.validate(PretrainConfig, tree.values, tree)
@@ -416,7 +418,7 @@ def plan(
         parent = parent.parent
     size = costs["checkpoint_bytes"]
     needed = (options.checkpoint.keep + 1) * size
-    room = checkpoint.require_room(parent, needed)
+    room = require_room(parent, needed)
     speed = cluster.write_speed(parent)
     lead = cluster.signal_lead(size, speed)
     lines += [

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline import config, distributed
-from ssl_pipeline.run_folder import read_lines
+from ssl_pipeline.run_folder import duration, read_lines
 
 T = TypeVar("T")
 
@@ -190,12 +190,3 @@ def _drop_after(metrics: Path, step: int) -> None:
     partial = metrics.with_name(f".{metrics.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, metrics)
-
-
-def duration(seconds: float) -> str:
-    """A time span to be read: `3 min 05 s`, `2 h 07 min`, `12 days 4 h`."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 72:
-        return f"{hours // 24} days {hours % 24} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -34,6 +34,7 @@ from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.monitor import Options as MonitorOptions
 from ssl_pipeline.optim import Options as OptimOptions
 from ssl_pipeline.preemption import Preemption
+from ssl_pipeline.preflight import preflight
 from ssl_pipeline.run_folder import RunFolder
 
 log = logging.getLogger("ssl_pipeline")
@@ -90,7 +91,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
         index = distributed.together(open_run)
         text = config.dump_yaml(options.model_dump(mode="json"))
         digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": index.digest()}
-        cluster.preflight(world, run, digests)
+        preflight(world, run, digests)
         return _train(options, index, run, world)
     finally:
         run.close()

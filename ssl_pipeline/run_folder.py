@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -161,3 +162,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+def checkpoint_file(folder: Path, step: int) -> Path:
+    """The file of a step's checkpoint."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"step_(\d{8,})\.pt", name) for name in os.listdir(folder))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def duration(seconds: float) -> str:
+    """A time span to be read: `3 min 05 s`, `2 h 07 min`, `12 days 4 h`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 72:
+        return f"{hours // 24} days {hours % 24} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

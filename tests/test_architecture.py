@@ -18,6 +18,7 @@ SHARED = GROUND | {
     "preemption",
     "run_folder",
     "cluster",
+    "preflight",
 }
 ALLOWED = {
     "exits": set(),
@@ -33,11 +34,12 @@ ALLOWED = {
     "data.loader": GROUND | {"data.augment", "data.randomness", "data.index"},
     "data.prepare": GROUND | {"data.index"},
     "methods": GROUND | {"head", "sparse_head", "backbone"},
-    "checkpoint": GROUND,
+    "checkpoint": GROUND | {"run_folder"},
     "monitor": GROUND | {"run_folder"},
     "preemption": GROUND,
     "run_folder": GROUND,
-    "cluster": GROUND | {"checkpoint", "monitor", "run_folder"},
+    "cluster": GROUND | {"run_folder"},
+    "preflight": GROUND | {"cluster", "run_folder"},
     "launch": SHARED,
     "evaluation": SHARED | {"evaluation"},
     "pretrain": SHARED | {"methods", "evaluation.online"},

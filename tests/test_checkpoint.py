@@ -8,6 +8,7 @@ import torch
 
 from ssl_pipeline import checkpoint
 from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.run_folder import saved_steps
 
 
 def state(step: int) -> dict:
@@ -17,7 +18,7 @@ def state(step: int) -> dict:
 def test_written_and_found_again(tmp_path: Path) -> None:
     for step in (3, 12, 100):
         checkpoint.write(tmp_path / "c", state(step), keep=2)
-    assert checkpoint.steps(tmp_path / "c") == [12, 100]
+    assert saved_steps(tmp_path / "c") == [12, 100]
     assert checkpoint.read_newest(tmp_path / "c")["model"]["w"][0] == 100
     assert [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] == []
     assert checkpoint.read_newest(tmp_path / "none") is None

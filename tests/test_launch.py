@@ -5,6 +5,8 @@ import pickletools
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,11 @@ def test_a_pickled_job_holds_words_alone(tmp_path: Path) -> None:
         elif isinstance(argument, str):
             strings.append(argument)
     assert names == {"submitit.core.utils.DelayedSubmission", "ssl_pipeline.launch.Job"}
+
+
+def test_unpickling_a_job_imports_no_torch() -> None:
+    code = "import sys, ssl_pipeline.launch; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_job_submitted_from_a_job_inherits_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

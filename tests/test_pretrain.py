@@ -22,7 +22,7 @@ from ssl_pipeline.exits import BadInput, Status, StorageFailure
 from ssl_pipeline.methods import byol
 from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.run_folder import read_lines
+from ssl_pipeline.run_folder import read_lines, saved_steps
 
 METHODS = ["simclr", "byol", "barlow_twins"]
 
@@ -135,7 +135,7 @@ def test_killed_in_mid_epoch_and_started_again_is_not_killed(few_digits: Path, t
     wait_for_step(killed, tmp_path / "killed", 10)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    saved = checkpoint.steps(tmp_path / "killed" / "checkpoints")
+    saved = saved_steps(tmp_path / "killed" / "checkpoints")
     assert saved
     assert saved[-1] < 200
     again = start(few_digits, tmp_path / "killed", *overrides)
