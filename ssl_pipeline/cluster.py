@@ -59,11 +59,16 @@ def requeue(exclude: Sequence[str] = ()) -> bool:
     before = re.search(r"ExcNodeList=(\S+)", ask("scontrol", "-o", "show", "job", job) or "")
     if ask("scontrol", "requeue", job) is None:
         return False
-    # Only a pending job's nodes can be changed, so after the requeue; Slurm lets a requeued job wait for seconds.
-    if exclude:
-        nodes = [before.group(1)] if before and before.group(1) != "(null)" else []
-        if ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*nodes, *exclude])}") is None:
-            log.warning("could not exclude %s from job %s", ", ".join(exclude), job)
+    if not exclude:
+        return True
+    # Only a pending job's nodes can be changed, so after the requeue; Slurm lets a requeued job wait for seconds. More
+    # than once, because the SIGTERM of the requeue ends this command too when it comes while it runs.
+    nodes = [before.group(1)] if before and before.group(1) != "(null)" else []
+    for _ in range(5):
+        if ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*nodes, *exclude])}") is not None:
+            return True
+        time.sleep(0.5)
+    log.warning("could not exclude %s from job %s", ", ".join(exclude), job)
     return True
 
 
