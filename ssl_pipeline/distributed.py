@@ -11,10 +11,14 @@ global loss computed on each rank (Barlow Twins, VICReg).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
+import queue
 import re
+import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection
@@ -137,29 +141,56 @@ def _meet(rank: int, size: int, host: str, ports: list[int], timeout: timedelta)
 
     Rank 0 opens it, the others look for it and know it by the job's name. Raises Stop where there is none in time.
     """
-    name = _slurm_name()
     end = time.monotonic() + timeout.total_seconds()
-    patience = timedelta(seconds=5)  # for an answer: a foreign program may never give one
     while time.monotonic() < end:
         for port in ports:
-            try:
-                if rank == 0:
-                    store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
-                    store.set("ssl_pipeline", name)
-                    return store
-                store = dist.TCPStore(host, port, size, is_master=False, timeout=patience, wait_for_workers=False)
-                store.set_timeout(patience)
-                if store.get("ssl_pipeline") == name.encode():
-                    store.set_timeout(timeout)
-                    return store
-            except (dist.DistError, RuntimeError):
-                continue
+            store = _open(host, port, size, timeout) if rank == 0 else _find(host, port, size)
+            if store is not None:
+                store.set_timeout(timeout)
+                return store
         if rank == 0:
             break
+        time.sleep(0.5)
     raise Stop(
         f"rank {rank} does not find the other ranks at {host}, ports {', '.join(map(str, ports))}: on the first node other "
         "programs hold them or its network cannot be reached; set MASTER_PORT to another"
     )
+
+
+def _open(host: str, port: int, size: int, timeout: timedelta) -> dist.Store | None:
+    try:
+        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
+    except (dist.DistError, RuntimeError):  # the port is taken
+        return None
+    store.set("ssl_pipeline", _slurm_name())
+    return store
+
+
+def _find(host: str, port: int, size: int, patience: float = 10.0) -> dist.Store | None:
+    """This job's store, if that is what listens there within `patience` seconds.
+
+    In a thread, because torch waits for ever for the answer of a program that gives none.
+    """
+    try:
+        socket.create_connection(
+            (host, port), timeout=patience
+        ).close()  # torch would log at length that nobody is there
+    except OSError:
+        return None
+    found: queue.Queue[dist.Store] = queue.Queue()
+
+    def ask() -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            limit = timedelta(seconds=patience)
+            store = dist.TCPStore(host, port, size, is_master=False, timeout=limit, wait_for_workers=False)
+            if store.get("ssl_pipeline") == _slurm_name().encode():
+                found.put(store)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return found.get(timeout=patience)
+    except queue.Empty:
+        return None
 
 
 def rank() -> int:
