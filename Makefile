@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 METHOD ?= simclr
 DEMO := runs/demo$(if $(filter-out simclr,$(METHOD)),_$(METHOD))
 
-.PHONY: setup demo test test-slow test-slurm test-slurm-all slurm-packages check format wheel clean
+.PHONY: setup demo test test-slow test-slurm test-slurm-all slurm-packages check format clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.installed

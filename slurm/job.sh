@@ -26,14 +26,9 @@ run_job() {
         wait "$pid" || status=$?
     done
     # 75: stopped by a signal, everything saved. 138, 140, 143: Python died of SIGUSR1, SIGUSR2 or SIGTERM before it could
-    # listen to them. A job that is being cancelled, or comes back anyway, is not RUNNING.
+    # listen to them. Whether the job is to come back, and not cancelled or on its way already, `requeue` asks Slurm.
     case $status in
-        75 | 138 | 140 | 143)
-            if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-                echo "stopped by a signal, all that was done is saved: requeueing job $SLURM_JOB_ID"
-                scontrol requeue "$SLURM_JOB_ID"
-            fi
-            ;;
+        75 | 138 | 140 | 143) "$python" -m ssl_pipeline requeue || true ;;
     esac
     exit "$status"
 }

@@ -29,4 +29,8 @@ if [[ $# -gt 0 && $1 != *=* ]]; then
 fi
 name=${config%.yaml}
 RUN=${RUN:-runs/${name//\//_}-$first_job}
+if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -f $RUN/config.yaml ]]; then
+    config=$RUN/config.yaml # what the first start resolved: an edit of the repository's configs does not reach a run
+    set --
+fi
 run_job "$RUN/logs" pretrain "$config" --output "$RUN" "$@"

@@ -152,6 +152,7 @@ def _freeze(name: str, overrides: Sequence[str], output: Path, ranks: int, write
 def launch(args: argparse.Namespace) -> int:
     """submit another verb as a job: launch VERB ... --cluster slurm|local|debug --nodes N --gpus-per-node G ..."""
     from ssl_pipeline import launch
+    from ssl_pipeline.run_folder import RunFolder
 
     resources = _resources(args)
     inner = _parse(args.words)
@@ -172,17 +173,27 @@ def launch(args: argparse.Namespace) -> int:
             jobs.append(launch.pretraining(run))
         folder = source / "logs"
     else:
-        if not source.exists():
-            raise BadInput(f"{str(source)!r} is neither a run folder nor a file of weights")
+        if inner.verb == "report":
+            RunFolder(source).read_config()
+        else:
+            _evaluated(inner)  # raises here what the job would raise hours later
         run = _run_of(source)
         folder = (run.path if run is not None else source.parent) / "logs"
         jobs.append(launch.Job(args.words))
     if args.dry_run:
-        print(launch.script(resources, inner.verb, folder))
+        print(launch.script(resources.sized(inner.verb), inner.verb, folder))
         return Status.DONE
     recorded = {"source": str(source)} if inner.verb != "pretrain" else {}
-    ids = launch.submit(jobs, resources, inner.verb, folder, run, **recorded)
-    print(launch.follow(ids, resources, folder, run))
+    submitted = launch.submit(jobs, resources, inner.verb, folder, run, **recorded)
+    print(launch.follow(submitted, resources, folder, run))
+    return Status.DONE
+
+
+def requeue(args: argparse.Namespace) -> int:
+    """inside a Slurm job: put it back into the queue, unless it is being cancelled or comes back anyway"""
+    from ssl_pipeline.cluster import requeue
+
+    requeue()
     return Status.DONE
 
 
@@ -193,6 +204,8 @@ def _variants(array: str | None) -> list[str]:
     key, equals, values = array.partition("=")
     if not equals or not all(values.split(",")):
         raise BadInput(f"--array {array!r} is not of the form key.sub=v1,v2")
+    if len(set(values.split(","))) < len(values.split(",")):
+        raise BadInput(f"--array {array!r} gives a value twice: two jobs would write to one folder")
     return [f"{key}={value}" for value in values.split(",")]
 
 
@@ -201,6 +214,10 @@ def experiment(args: argparse.Namespace) -> int:
     from ssl_pipeline import launch
 
     resources = _resources(args)
+    if args.every is not None and args.every < 1:
+        raise BadInput(f"--every {args.every} is no number of epochs: give 1 or more")
+    if args.every and resources.cluster == "debug":
+        raise BadInput("--every needs jobs beside the training: give --cluster slurm or local")
     overrides = [*args.overrides, *([f"checkpoint.backbone_every_epochs={args.every}"] if args.every else [])]
     run = _freeze(args.config, overrides, args.output, resources.ranks, write=not args.dry_run)
     print(launch.experiment(run, resources, every=bool(args.every), dry_run=args.dry_run))
@@ -321,6 +338,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--images-per-second", type=float, help="of one process, instead of measuring")
     add_resources(verb)
 
+    add("requeue", requeue)
+
     for name, action in (("status", status), ("report", report)):
         add(name, action).add_argument("run", type=Path, metavar="RUN")
 
@@ -367,7 +386,7 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     log.setLevel(logging.INFO)
     try:
         status = int(args.action(args))
-        if "torch.distributed" in sys.modules:
+        if "torch.distributed" in sys.modules and status != Status.STOPPED:  # a stopped job's seconds are counted
             from ssl_pipeline import distributed
 
             distributed.stop()  # not after an error: the others may be in a collective, and leaving could wait for them

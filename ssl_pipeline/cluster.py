@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,19 @@ def ask(*words: str) -> str | None:
 
 
 def job_id() -> str | None:
-    """The Slurm job that this process belongs to, None without Slurm."""
-    return os.environ.get("SLURM_JOB_ID")
+    """The Slurm job that this process belongs to, as 12 or, for a task of an array, 12_3; None without Slurm.
+
+    Not SLURM_JOB_ID for an array's task: the last one's is the whole array's.
+    """
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
+def node_name() -> str:
+    """This node as Slurm calls it, which need not be its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_state(job: str) -> str:
@@ -48,28 +60,43 @@ def job_state(job: str) -> str:
     return recorded.splitlines()[0] if recorded else "unknown"
 
 
-def requeue(exclude: Sequence[str] = ()) -> bool:
+def requeue(exclude: Sequence[str] = (), patience: float = 180.0) -> bool:
     """Put this job back into the queue, without the nodes `exclude` besides those already excluded.
 
     False where it is not ours to do: without Slurm, or where the job is being cancelled or is on its way back already.
+    A controller that does not answer is asked again for `patience` seconds: a run of weeks must not end for a failover.
     """
     job = job_id()
-    if job is None or ask("squeue", "-h", "-j", job, "-o", "%T") != "RUNNING":
+    if job is None:
         return False
-    before = re.search(r"ExcNodeList=(\S+)", ask("scontrol", "-o", "show", "job", job) or "")
-    if ask("scontrol", "requeue", job) is None:
-        return False
-    if not exclude:
-        return True
+    end = time.monotonic() + patience
+    while True:
+        state = ask("squeue", "-h", "-j", job, "-o", "%T")
+        if state == "RUNNING":
+            before = re.search(r"ExcNodeList=(\S+)", ask("scontrol", "-o", "show", "job", job) or "")
+            if ask("scontrol", "requeue", job) is not None:
+                break
+        elif state not in (None, "", "SIGNALING"):  # SIGNALING: running, and being sent a signal
+            return False
+        if time.monotonic() > end:
+            log.error("job %s could not be requeued (squeue says %s); by hand: scontrol requeue %s", job, state, job)
+            return False
+        time.sleep(2)
+    log.info("requeued job %s", job)
+    if exclude:
+        nodes = [before.group(1)] if before and before.group(1) != "(null)" else []
+        _exclude(job, [*nodes, *exclude])
+    return True
+
+
+def _exclude(job: str, nodes: Sequence[str]) -> None:
     # Only a pending job's nodes can be changed, so after the requeue; Slurm lets a requeued job wait for seconds. More
     # than once, because the SIGTERM of the requeue ends this command too when it comes while it runs.
-    nodes = [before.group(1)] if before and before.group(1) != "(null)" else []
     for _ in range(5):
-        if ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*nodes, *exclude])}") is not None:
-            return True
+        if ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}") is not None:
+            return
         time.sleep(0.5)
-    log.warning("could not exclude %s from job %s", ", ".join(exclude), job)
-    return True
+    log.error("Slurm did not take %s as nodes to exclude from job %s", ",".join(nodes), job)
 
 
 # --------------------------------------------------------------------------------------------------------------- status
@@ -151,6 +178,10 @@ def judge_preemption(config: Mapping[str, str], partition: Mapping[str, str]) ->
     kill = config.get("KillWait", "30 sec").split()[0]
     signal_sent = "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
     found = []
+    if "qos" in config.get("PreemptType", ""):
+        found.append(
+            "preemption is by QOS here: its own PreemptMode and GraceTime (sacctmgr show qos) come before the partition's"
+        )
     if "REQUEUE" not in mode:
         found.append(
             f"jobs of partition {partition.get('PartitionName', '?')} are not preempted and requeued (PreemptMode={mode})"
@@ -176,7 +207,7 @@ def judge_preemption(config: Mapping[str, str], partition: Mapping[str, str]) ->
 
 
 def slots(total_seconds: float, slot_seconds: float, lead_seconds: float, start_seconds: float = 60.0) -> int:
-    """Time slots that a run takes, each losing the signal's lead and the start. Raises RankLost never; 1 at least."""
+    """Time slots that a run takes, each losing the signal's lead and the start; 0 where nothing is left of one."""
     useful = slot_seconds - lead_seconds - start_seconds
     return max(1, math.ceil(total_seconds / useful)) if useful > 0 else 0
 

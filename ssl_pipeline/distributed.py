@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_pipeline.exits import BadInput, Status, Stop
+from ssl_pipeline.exits import BadInput, RankLost, Status, Stop
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def _meet(rank: int, size: int, host: str, ports: list[int], timeout: timedelta)
         if rank == 0:
             break
         time.sleep(0.5)
-    raise Stop(
+    raise RankLost(
         f"rank {rank} does not find the other ranks at {host}, ports {', '.join(map(str, ports))}: on the first node other "
         "programs hold them or its network cannot be reached; set MASTER_PORT to another"
     )
@@ -397,10 +397,14 @@ def together(action: Callable[[], T]) -> T:
     status = Status.DONE if caught is None else caught.status if isinstance(caught, Stop) else Status.CRASH
     worst = torch.tensor(int(status))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if not worst.item():
+        return result  # type: ignore[return-value]
+    told = gather_json(
+        None if caught is None else f"rank {rank()} on {socket.gethostname()}: {caught or type(caught).__name__}"
+    )
     if caught is not None:
         raise caught
-    if worst.item():
-        elsewhere = Stop("")  # the rank that met the problem says what it is
-        elsewhere.status = Status(int(worst.item()))
-        raise elsewhere
-    return result  # type: ignore[return-value]
+    # The main rank, whose output people read, says it too; the others leave in silence.
+    elsewhere = Stop(next((text for text in told if text), "") if rank() == 0 else "")
+    elsewhere.status = Status(int(worst.item()))
+    raise elsewhere

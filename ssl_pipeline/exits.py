@@ -18,7 +18,7 @@ class Status(IntEnum):
     STORAGE = 77
     """A checkpoint could not be written, or no room for one is left."""
     RANK_LOST = 78
-    """Another rank died or fell silent."""
+    """Ranks do not find each other, or preflight found nodes that cannot be worked with."""
 
 
 class Stop(Exception):

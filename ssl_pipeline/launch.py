@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,11 @@ from ssl_pipeline.run_folder import RunFolder, duration, read_lines
 
 log = logging.getLogger("ssl_pipeline")
 
-EVALUATIONS = {"knn": 2, "linear-probe": 8}
-"""Evaluations of an experiment, each on one task, and the hours that it is given."""
+EVALUATIONS = ("knn", "linear-probe")
+"""Evaluations of an experiment, each on one task."""
+
+HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "report": 1}
+"""Of one slot, where no --time is given."""
 
 _UNLIMITED = 10**6
 _YEAR = 365 * 24 * 60
@@ -53,7 +56,7 @@ class Resources(config.Options):
     mem: str | None = None
     """Of a node, in Slurm's words: 200G."""
     time: str | None = None
-    """Limit of one slot: minutes, HH:MM:SS, D-HH or D-HH:MM:SS. The run goes on in the next slot."""
+    """Limit of one slot: minutes, HH:MM:SS, D-HH or D-HH:MM:SS; by default HOURS. A run goes on in the next slot."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -62,6 +65,18 @@ class Resources(config.Options):
     dependency: str | None = None
     signal_lead: int | None = Field(None, gt=0)
     """Seconds before the time limit at which all is saved and the job requeued; by default 300, or a fifth of `time`."""
+
+    def sized(self, verb: str) -> Resources:
+        """With a time limit; for an evaluation, which starts anew in each slot, with a lead that submitit counts.
+
+        submitit takes a signal that comes before the last fifth, or ten minutes, of a slot for a preemption, after which an
+        evaluation may start again as often as it likes. Raises BadInput where the lead is longer.
+        """
+        time = self.time or f"{HOURS[verb]}:00:00"
+        sized = config.validate(Resources, {**self.model_dump(), "time": time})
+        if verb != "pretrain" and sized.lead > max(600, 12 * minutes(time)):
+            raise BadInput(f"--signal-lead {sized.lead} is too long for {verb} in a slot of {time}: leave it out")
+        return sized
 
     @field_validator("time")
     @classmethod
@@ -133,14 +148,14 @@ class Job:
         watcher = _Beside(self) if self.beside and here.global_rank == 0 else None
         # Pretraining's own handlers replace submitit's; an evaluation keeps submitit's, which requeue it by checkpoint().
         status = cli.main(self.words, signals=pretrains)
+        if status == Status.STOPPED and here.cluster == "slurm" and here.global_rank == 0:
+            cluster.requeue()
         if watcher:
             watcher.end(last_pass=status == Status.DONE)
         if status == Status.DONE:
             return status
-        if status == Status.STOPPED and here.cluster == "slurm" and here.global_rank == 0 and cluster.requeue():
-            print("ssl-pipeline: requeued", file=sys.stderr)
         if status == Status.STOPPED and here.cluster == "local" and signal.SIGUSR2 in preemption.noted():
-            sys.exit(LOCAL_REQUEUE_RETURN_CODE)  # its time limit, and submitit's word to start it again
+            sys.exit(LOCAL_REQUEUE_RETURN_CODE)  # submitit's word to start it again
         sys.exit(status)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -160,6 +175,7 @@ class _Beside(threading.Thread):
         super().__init__(daemon=True)
         self.run_folder = RunFolder(Path(job.words[job.words.index("--output") + 1]))
         self.commands = job.beside
+        self.refused: set[tuple[str, str]] = set()
         self.ended = threading.Event()
         self.start()
 
@@ -168,27 +184,63 @@ class _Beside(threading.Thread):
             self.submit_new()
 
     def submit_new(self) -> None:
-        done = {(event.get("verb"), event.get("source")) for event in self.run_folder.events()}
+        done = {
+            (event.get("verb"), event.get("source"))
+            for event in self.run_folder.events()
+            if event["event"] == "submitted"
+        }
         for file in sorted(self.run_folder.backbones.glob("epoch_*.pth")):
             for command in self.commands:
                 words = [word.replace("{backbone}", str(file)) for word in command]
-                if (verb := words[1], str(file)) in done:
+                if (words[1], str(file)) in done or (words[1], str(file)) in self.refused or self.ended.is_set():
                     continue
                 line = [sys.executable, "-m", "ssl_pipeline", *words]
-                told = subprocess.run(line, env=outside(), capture_output=True, text=True, check=False)
-                if told.returncode:
-                    log.warning("%s of %s was not submitted: %s", verb, file, told.stderr.strip())
-                    self.run_folder.record("not submitted", verb=verb, source=str(file), reason=told.stderr.strip())
+                try:
+                    told = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+                    reason = told.stderr.strip() if told.returncode else None
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    reason = str(error)
+                if reason is not None:  # once in each start of the job, not every ten seconds
+                    log.warning("%s of %s was not submitted: %s", words[1], file, reason)
+                    self.refused.add((words[1], str(file)))
 
     def end(self, last_pass: bool) -> None:
+        """After a stop nothing is waited for: the job's last seconds are not for this. The next start goes on."""
         self.ended.set()
-        self.join()
         if last_pass:
+            self.join()
+            self.ended.clear()
             self.submit_new()
 
 
+@contextlib.contextmanager
+def outside_of_jobs(quiet: bool) -> Iterator[None]:
+    """This process as it would be outside of any job: what a job inherits of another one's environment misleads it.
+
+    With `quiet`, what is started here gets none of this process's streams: who reads our output need not wait for it.
+    """
+    before = dict(os.environ)
+    streams = [os.dup(number) for number in (0, 1, 2)] if quiet else []
+    os.environ.clear()
+    os.environ.update(outside())
+    if quiet:
+        sys.stdout.flush()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nothing, number)
+        os.close(nothing)
+    try:
+        yield
+    finally:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def outside() -> dict[str, str]:
-    """This process's environment without what a job adds to it: with that, a job submitted from a job is misled."""
+    """This process's environment without what a job adds to it."""
     inside = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
     torchs = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return {
@@ -199,8 +251,8 @@ def outside() -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- submitting
-def parameters(resources: Resources, name: str, **more: str) -> dict[str, Any]:
-    """submitit's parameters for Slurm; `more` are sbatch options that it has no name for."""
+def parameters(resources: Resources, name: str) -> dict[str, Any]:
+    """submitit's parameters for Slurm."""
     found = {
         "job_name": name,
         "nodes": resources.nodes,
@@ -217,6 +269,14 @@ def parameters(resources: Resources, name: str, **more: str) -> dict[str, Any]:
         "dependency": resources.dependency,
         "signal_delay_s": resources.lead,
         "stderr_to_stdout": True,
+        # As in slurm/job.sh: a signal does not end the script, and a job whose Python died of one before it could listen
+        # comes back.
+        "setup": ["trap : TERM USR1 USR2"],
+        "teardown": [
+            "status=$?",
+            f"case $status in 138|140|143) {shlex.quote(sys.executable)} -m ssl_pipeline requeue ;; esac",
+            "exit $status",
+        ],
         # One rank's status ends no other rank; those that hang after one died are ended after two minutes.
         # Since 22.05 srun does not take --cpus-per-task from the job.
         "srun_args": [
@@ -224,60 +284,62 @@ def parameters(resources: Resources, name: str, **more: str) -> dict[str, Any]:
             "--wait=120",
             *([f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []),
         ],
-        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **more},
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes"},
     }
-    return {key: value for key, value in found.items() if value is not None}
+    given = {key: value for key, value in found.items() if value is not None}
+    return given | {"wckey": None}  # submitit's own is refused where wckeys are kept
 
 
-def script(resources: Resources, name: str, folder: Path, **more: str) -> str:
+def script(resources: Resources, name: str, folder: Path) -> str:
     """The sbatch script by which submitit starts the job."""
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
-    return _make_sbatch_string(command=command, folder=folder, **parameters(resources, name, **more))
+    return _make_sbatch_string(command=command, folder=folder, **parameters(resources, name))
 
 
 def submit(
     jobs: Sequence[Job], resources: Resources, name: str, folder: Path, run: RunFolder | None = None, **recorded: str
-) -> list[str]:
-    """Submit jobs, several as one array, and return their ids at once. Raises BadInput where Slurm refuses them.
+) -> list[Any]:
+    """Submit jobs, several as one array, and return submitit's at once. Raises BadInput where Slurm refuses them.
 
     `run` is the run folder in which the submission is recorded.
     """
     if resources.cluster == "debug":
-        return _in_this_process(jobs, folder)
+        return _in_this_process(jobs)
     if resources.cluster == "local":
         if resources.nodes > 1:
             raise BadInput(f"--cluster local has one node, not {resources.nodes}: give --nodes 1")
+        if resources.time is not None:
+            raise BadInput("--cluster local has no time limit: leave --time out")
         executor: Any = submitit.LocalExecutor(folder, max_num_timeout=_UNLIMITED)
         executor.update_parameters(
             tasks_per_node=resources.tasks,
             gpus_per_node=resources.gpus_per_node,
-            timeout_min=minutes(resources.time) if resources.time else _YEAR,
-            signal_delay_s=resources.lead,
+            timeout_min=_YEAR,
             stderr_to_stdout=True,
         )
     else:
-        resumes = (
-            jobs[0].words[0] == "pretrain"
-        )  # else each slot starts anew, and too short a slot would do so for ever
+        verb = jobs[0].words[0]
+        resources = resources.sized(verb)
+        # An evaluation starts anew in each slot: in too short a one it would do so for ever.
+        timeouts = _UNLIMITED if verb == "pretrain" else 3
         try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=_UNLIMITED if resumes else 3)
+            executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
         except RuntimeError:
             raise BadInput("no srun here: submit on a machine of the cluster, or give --cluster local") from None
         executor.update_parameters(**parameters(resources, name))
     try:
-        with executor.batch():
+        with outside_of_jobs(quiet=resources.cluster == "local"), executor.batch():
             submitted = [executor.submit(job) for job in jobs]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise BadInput(f"Slurm refuses the job: {' '.join(str(error).split())}") from None
-    ids = [job.job_id for job in submitted]
-    for job, number in zip(jobs, ids, strict=True):
+    for job, number in zip(jobs, (one.job_id for one in submitted), strict=True):
         into = RunFolder(Path(job.words[job.words.index("--output") + 1])) if "--output" in job.words else run
         if into is not None:
             into.record("submitted", verb=job.words[0], job=number, cluster=resources.cluster, **recorded)
-    return ids
+    return submitted
 
 
-def _in_this_process(jobs: Iterable[Job], folder: Path) -> list[str]:
+def _in_this_process(jobs: Iterable[Job]) -> list[Any]:
     from ssl_pipeline import cli
 
     for job in jobs:
@@ -287,8 +349,9 @@ def _in_this_process(jobs: Iterable[Job], folder: Path) -> list[str]:
     return []
 
 
-def follow(ids: Sequence[str], resources: Resources, folder: Path, run: RunFolder | None) -> str:
+def follow(submitted: Sequence[Any], resources: Resources, folder: Path, run: RunFolder | None) -> str:
     """How to see a job that was submitted."""
+    ids = [one.job_id for one in submitted]
     if not ids:
         return "done in this process"
     gpus = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "no GPU"
@@ -314,41 +377,49 @@ def experiment(
     Returns what was submitted, to be printed.
     """
     folder = run.path / "logs"
-    one = resources.model_copy(
-        update={"nodes": 1, "gpus_per_node": min(resources.gpus_per_node, 1), "tasks_per_node": None, "mem": None}
+    beside = (
+        [["launch", verb, "{backbone}", *_flags(_one_task(resources, verb))] for verb in evaluations] if every else []
     )
-    beside = [["launch", verb, "{backbone}", *_flags(_sized(one, verb))] for verb in evaluations] if every else []
     train = pretraining(run, beside)
     if dry_run:
-        parts = [("pretrain", script(resources, "pretrain", folder))]
-        for verb in evaluations:
-            waits = _sized(one, verb).model_copy(update={"dependency": "afterok:PRETRAIN"})
-            parts.append((verb, script(waits, verb, folder)))
-        last = _sized(one, "report").model_copy(update={"dependency": "afterany:EVALUATIONS"})
-        parts.append(("report", script(last, "report", folder)))
-        return "\n".join(f"# ---- {name}\n{text}" for name, text in parts)
+        parts = [("pretrain", resources.sized("pretrain"))]
+        parts += [(verb, _one_task(resources, verb, "afterok:PRETRAIN")) for verb in evaluations]
+        parts.append(("report", _one_task(resources, "report", "afterany:EVALUATIONS")))
+        return "\n".join(f"# ---- {name}\n{script(needs, name, folder)}" for name, needs in parts)
     if resources.cluster != "slurm":
-        return _one_after_the_other(train, run, resources, one, evaluations)
-    first = submit([train], resources, "pretrain", folder, run)[0]
+        return _one_after_the_other(train, run, resources, evaluations)
+    submitted = submit([train], resources, "pretrain", folder, run)
+    first = submitted[0].job_id
     lines = [f"{first}  pretrain"]
     ids = []
-    for verb in evaluations:
-        waits = _sized(one, verb).model_copy(update={"dependency": f"afterok:{first}"})
-        ids += submit([Job([verb, str(run.path)])], waits, verb, folder, run)
-        again = shlex.join(["ssl-pipeline", "launch", verb, str(run.path), *_flags(_sized(one, verb))])
-        lines.append(f"{ids[-1]}  {verb}, after {first}; again alone: {again}")
-    after = ":".join(["afterany", *ids])
-    last = _sized(one, "report").model_copy(update={"dependency": after if ids else f"afterok:{first}"})
-    ids += submit([Job(["report", str(run.path)])], last, "report", folder, run)
-    lines.append(f"{ids[-1]}  report, after all of them: {run.path / 'report.html'}")
-    return "\n".join([*lines, follow([first], resources, folder, run)])
+    try:
+        for verb in evaluations:
+            (job,) = submit(
+                [Job([verb, str(run.path)])], _one_task(resources, verb, f"afterok:{first}"), verb, folder, run
+            )
+            ids.append(job.job_id)
+            again = shlex.join(["ssl-pipeline", "launch", verb, str(run.path), *_flags(_one_task(resources, verb))])
+            lines.append(f"{job.job_id}  {verb}, after {first}; again alone: {again}")
+        after = ":".join(["afterany", *ids]) if ids else f"afterok:{first}"
+        (page,) = submit([Job(["report", str(run.path)])], _one_task(resources, "report", after), "report", folder, run)
+    except BadInput as error:
+        raise BadInput(
+            f"{error}; already submitted: {' '.join([first, *ids])} (scancel them, or let them run)"
+        ) from None
+    lines.append(f"{page.job_id}  report, after all of them: {run.path / 'report.html'}")
+    return "\n".join([*lines, follow(submitted, resources, folder, run)])
 
 
-def _sized(one: Resources, verb: str) -> Resources:
-    time = f"{EVALUATIONS[verb]}:00:00" if verb in EVALUATIONS else "30"
-    limit = min(minutes(time), minutes(one.time)) if one.time else minutes(time)
-    sized = {"time": str(limit), "dependency": None}
-    return one.model_copy(update=sized | ({} if verb in EVALUATIONS else {"gpus_per_node": 0}))
+def _one_task(resources: Resources, verb: str, dependency: str | None = None) -> Resources:
+    """What an evaluation, or the report, asks for beside a pretraining of `resources`."""
+    gpus = min(resources.gpus_per_node, 1) if verb in EVALUATIONS else 0
+    time = f"{HOURS[verb]}:00:00"
+    if resources.time and minutes(resources.time) < minutes(time):  # a short limit is likely the partition's
+        time = resources.time
+    own = {"nodes": 1, "gpus_per_node": gpus, "tasks_per_node": None, "mem": None, "time": time, "signal_lead": None}
+    if resources.cluster != "slurm":
+        own["time"] = None
+    return resources.model_copy(update={**own, "dependency": dependency})
 
 
 def _flags(resources: Resources) -> list[str]:
@@ -359,18 +430,12 @@ def _flags(resources: Resources) -> list[str]:
     ]
 
 
-def _one_after_the_other(
-    train: Job, run: RunFolder, resources: Resources, one: Resources, evaluations: Sequence[str]
-) -> str:
+def _one_after_the_other(train: Job, run: RunFolder, resources: Resources, evaluations: Sequence[str]) -> str:
     """Without a scheduler: the same jobs in the foreground, an evaluation that fails not ending the rest."""
     failed = []
-    for job, needs in [
-        (train, resources),
-        *((Job([verb, str(run.path)]), _sized(one, verb)) for verb in evaluations),
-        (Job(["report", str(run.path)]), one),
-    ]:
+    for job in (train, *(Job([verb, str(run.path)]) for verb in (*evaluations, "report"))):
         verb = job.words[0]
-        status = _run_local(job, needs, run)
+        status = _run_local(job, resources if job is train else _one_task(resources, verb), run)
         if status != Status.DONE:
             failed.append(verb)
             log.warning("%s ended with status %d; its log is in %s", verb, status, run.path / "logs")
@@ -384,10 +449,12 @@ def _run_local(job: Job, resources: Resources, run: RunFolder) -> int:
         from ssl_pipeline import cli
 
         return cli.main(job.words)
-    (number,) = submit([job], resources.model_copy(update={"time": None}), job.words[0], run.path / "logs", run)
-    local: Any = submitit.LocalJob(run.path / "logs", number, tasks=list(range(resources.tasks)))
-    local._process.wait()
-    return Status.DONE if local.exception() is None else Status.CRASH
+    (local,) = submit([job], resources, job.words[0], run.path / "logs", run)
+    local.wait()
+    if local.exception() is None:
+        return Status.DONE
+    ends = [event["status"] for event in run.events() if event["event"] == "end"]
+    return int(ends[-1]) if job.words[0] == "pretrain" and ends and ends[-1] else Status.CRASH
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan
@@ -408,6 +475,9 @@ def plan(
     from ssl_pipeline.checkpoint import require_room
     from ssl_pipeline.pretrain import PretrainConfig, consequences, cost
 
+    if images_per_second is not None and images_per_second <= 0:
+        raise BadInput(f"--images-per-second {images_per_second} is no speed: give a number above 0")
+    resources = resources.sized("pretrain")
     options = config.validate(PretrainConfig, tree.values, tree)
     facts = consequences(options, resources.ranks)
     costs = cost(options)
@@ -480,22 +550,17 @@ _SBATCH = ("cpus_per_task", "mem", "time", "partition", "account", "qos", "exclu
 
 
 def test_only(text: str) -> str:
-    """What `sbatch --test-only` says of a script: when it would start, or why it never will."""
+    """What `sbatch --test-only` says of a script: when it would start. Raises BadInput where it never will."""
+    if cluster.ask("sinfo", "-h") is None:
+        return "sbatch --test-only: no Slurm answers here"
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
         line = ["sbatch", "--test-only", file.name]
         try:
-            done = subprocess.run(
-                line,
-                capture_output=True,
-                text=True,
-                env=outside(),
-                timeout=60,
-                check=False,
-            )
-        except OSError:
-            return "sbatch --test-only: no sbatch here"
+            done = subprocess.run(line, capture_output=True, text=True, env=outside(), timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            return "sbatch --test-only: no answer within a minute"
     said = " ".join((done.stdout + done.stderr).split())
     if done.returncode:
         raise BadInput(f"Slurm refuses this job: {said}")
@@ -514,8 +579,13 @@ def _measure(words: Sequence[str], options: Any, resources: Resources, seconds: 
         run = Path(folder) / "run"
         line = [sys.executable, "-m", "ssl_pipeline", "pretrain", *words, f"data.batch_size={share}", "max_steps=12",
                 "monitor.every_steps=1", "monitor.tensorboard=false", "--output", str(run)]  # fmt: skip
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(line, env=outside(), capture_output=True, timeout=seconds, check=False)
+        try:
+            done = subprocess.run(line, env=outside(), capture_output=True, text=True, timeout=seconds, check=False)
+            said = done.stderr.strip().splitlines()
+            if done.returncode:
+                return None, f"not measured: {said[-1] if said else f'it ended with status {done.returncode}'}"
+        except subprocess.TimeoutExpired:
+            pass  # what it did by then is measure enough
         speeds = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl")[2:]]
     if not speeds:
         return None, f"not measured: fewer than three steps in {seconds} s on this machine (--measure-seconds)"

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import socket
 import statistics
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ssl_pipeline import cluster, distributed
-from ssl_pipeline.exits import RankLost, Requeued
+from ssl_pipeline.exits import RankLost, Requeued, Stop
 from ssl_pipeline.run_folder import RunFolder
 
 log = logging.getLogger("ssl_pipeline")
@@ -30,28 +29,36 @@ FAULT = "SSL_PIPELINE_FAULT"
 """For tests: `selftest:HOST,...`, `versions:HOST` or `bandwidth:HOST` makes these nodes fail."""
 
 
-def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str]) -> None:
-    """All ranks compare versions and `same` (digests of config and data listing), test their device, and measure the links
+def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str], error: Stop | None = None) -> None:
+    """`error` is what kept this rank from reading its data: a node that alone misses a mount is a bad node.
+
+    All ranks compare versions and `same` (digests of config and data listing), test their device, and measure the links
     between the nodes and one all-reduce. Where single nodes are at fault and Slurm runs the job, it is put back without
     them, at most twice, and Requeued is raised; else RankLost, which names them.
     """
-    host = socket.gethostname()
+    host = cluster.node_name()
     fault, _, faulty = os.environ.get(FAULT, "").partition(":")
     fault = fault if host in faulty.split(",") else ""
     mine = {
         "host": host,
-        "self_test": "a fault was injected" if fault == "selftest" else self_test(world.device),
+        "self_test": "a fault was injected" if fault == "selftest" else str(error or self_test(world.device)),
+        "error": error is not None,
+        "device": device_name(world.device),
         "same": {**versions(world.device), **same},
     }
     if fault == "versions":
         mine["same"] = {**versions(world.device), **same, "torch": "0.0"}
     reports = distributed.gather_json(mine)
+    if error is not None and all(report["error"] for report in reports):
+        raise error if world.is_main else type(error)("")  # no node has the data: that is no node's fault
     hosts = [report["host"] for report in reports]
-    links = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
-    if slow_nodes(links):  # once more before a node is blamed: it may have been busy
-        again = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
-        links = {name: max(speed, again[name]) for name, speed in links.items()}
-    bad, undecided = findings(reports, links)
+    bad, undecided = findings(reports)
+    if not bad and not undecided:  # else a device may be broken: it is not to be used
+        links = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
+        if slow_nodes(links):  # once more before a node is blamed: it may have been busy
+            again = _link_bandwidths(world, hosts, slow=fault == "bandwidth")
+            links = {name: max(speed, again[name]) for name, speed in links.items()}
+        bad = slow_nodes(links)
     if not bad and not undecided:
         if world.size > 1:
             bandwidth = _all_reduce_bandwidth(world)
@@ -68,14 +75,17 @@ def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str])
         before = [
             event for event in run.events() if event["event"] == "excluded" and event.get("job") == cluster.job_id()
         ]
-        if len(before) < MOST_EXCLUSIONS and cluster.requeue(exclude=list(bad)):
+        if len(before) < MOST_EXCLUSIONS and cluster.job_id() is not None:
+            # Before the requeue, which ends this process within seconds: what is not counted could go on for ever.
             run.record("excluded", job=cluster.job_id(), nodes=list(bad), reason=reason)
-            requeued.fill_(1)
+            requeued.fill_(cluster.requeue(exclude=list(bad)))
     dist.broadcast(requeued, 0)
     mains = world.is_main  # one rank says it for all
     if requeued.item():
         raise Requeued(f"preflight failed ({reason}); the job was requeued without it" if mains else "")
-    way_out = f"leave it out by --exclude={','.join(bad)}" if bad else "give all nodes the same installation and files"
+    way_out = "start one process a GPU, and give all nodes the same installation and files"
+    if bad:
+        way_out = f"leave out by --exclude={','.join(bad)}"
     raise RankLost(f"preflight failed: {reason}: {way_out}" if mains else "")
 
 
@@ -92,6 +102,11 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
+def device_name(device: torch.device) -> str:
+    """A name of a GPU that no other one has; empty for a CPU, which ranks may share."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
 def self_test(device: torch.device) -> str:
     """What is wrong with this rank's device; empty where it multiplies two matrices of whole numbers exactly."""
     try:
@@ -104,11 +119,8 @@ def self_test(device: torch.device) -> str:
         return f"its device fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
-def findings(reports: Sequence[Mapping[str, Any]], links: Mapping[str, float]) -> tuple[dict[str, str], list[str]]:
-    """(bad nodes with the reason, differences in which no side is in the majority) from the reports of all ranks.
-
-    `links` holds each node's bandwidth in bytes/s.
-    """
+def findings(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
+    """(bad nodes with the reason, what is wrong without one node being at fault) from the reports of all ranks."""
     bad: dict[str, str] = {}
     undecided = []
     for report in reports:
@@ -128,9 +140,9 @@ def findings(reports: Sequence[Mapping[str, Any]], links: Mapping[str, float]) -
         for node, value in nodes.items():
             if value != counts[0][0]:
                 bad.setdefault(node, f"{key} is {value}, elsewhere {counts[0][0]}")
-    for node, why in slow_nodes(links).items():
-        bad.setdefault(node, why)
-    if bad and len(bad) == len({report["host"] for report in reports}):
+    taken = Counter((report["host"], report["device"]) for report in reports if report["device"])
+    undecided += [f"{count} ranks on {host} share device {name}" for (host, name), count in taken.items() if count > 1]
+    if len(bad) > 1 and len(bad) == len({report["host"] for report in reports}):
         undecided += [f"node {node}: {why}" for node, why in bad.items()]
         bad = {}
     return bad, undecided
@@ -184,7 +196,7 @@ def _link_bandwidths(world: distributed.World, hosts: Sequence[str], slow: bool)
             for node in (a, b):
                 best[node] = max(best[node].item(), speed)
     if slow:
-        best[names.index(socket.gethostname())] = -1
+        best[names.index(cluster.node_name())] = -1
     worst = best.clone()
     dist.all_reduce(best, op=dist.ReduceOp.MAX)
     dist.all_reduce(worst, op=dist.ReduceOp.MIN)

@@ -12,6 +12,8 @@ import logging
 import os
 import platform
 import socket
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,22 +81,49 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     if not world.is_main:
         log.setLevel(logging.WARNING)  # one rank tells how the run goes; each names the files that it cannot read
 
-    def open_run() -> Index:
+    def read_index() -> tuple[Index | None, BadInput | None]:
         require_dali()
-        index = image_folder(options.data.root / "train")
+        try:
+            index = image_folder(options.data.root / "train")
+        except BadInput as error:  # perhaps on this node alone
+            return None, error
         require_possible(options, world.size, len(index))
+        return index, None
+
+    def open_run() -> None:
         if world.is_main:
             run.open_for_writing(options.model_dump(mode="json"))
-        return index
+            require_progress(run.events())
 
     try:
-        index = distributed.together(open_run)
+        index, error = distributed.together(read_index)
         text = config.dump_yaml(options.model_dump(mode="json"))
-        digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": index.digest()}
-        preflight(world, run, digests)
+        listing = index.digest() if index is not None else "missing"
+        digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": listing}
+        preflight(world, run, digests, error)
+        assert index is not None  # or preflight had raised
+        distributed.together(open_run)
         return _train(options, index, run, world)
     finally:
         run.close()
+
+
+def require_progress(events: Sequence[Mapping[str, Any]]) -> None:
+    """Raises BadInput where this job was stopped within a minute ten times in a row: it would go on so for ever."""
+    job = cluster.job_id()
+    stops = []
+    began = None
+    for event in events:
+        if event.get("event") == "start":
+            began = event if event.get("job") == job else None
+        elif event.get("event") == "end" and began is not None:
+            seconds = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(began["time"])
+            stops.append(event["status"] == Status.STOPPED and seconds.total_seconds() < 60)
+    if job is not None and len(stops) >= 10 and all(stops[-10:]):
+        raise BadInput(
+            f"job {job} was stopped within a minute of its start ten times in a row: where that is not preemption, its --time "
+            "is not longer than the lead of its --signal; give it more time or a shorter lead and submit it again"
+        )
 
 
 def build_method(options: PretrainConfig) -> Method:

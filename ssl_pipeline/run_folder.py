@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -60,16 +61,24 @@ class RunFolder:
             raise StorageFailure(f"cannot write to the run folder {str(self.path)!r}: {error}") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise BadInput(
-                f"the run folder {str(self.path)!r} is being written by {owner}: stop it or name another --output"
-            ) from None
+            job = os.environ.get("SLURM_JOB_ID")
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning("%s/.lock: %s; nothing keeps a second run out of this folder", self.path, error.strerror)
+            elif job is not None and owner.endswith(f" of job {job}"):
+                # This job was here before, on a node that died: an NFS server may keep the lock of a client that is gone.
+                log.warning("going on although %s still has the lock of %s", owner, self.path)
+            else:
+                self._lock.close()
+                raise BadInput(
+                    f"the run folder {str(self.path)!r} is being written by {owner}: stop it or name another --output"
+                ) from None
         self._lock.seek(0)
         self._lock.truncate()
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
         self._lock.flush()
         if self.config.is_file():
             self._require_same(values)
@@ -126,7 +135,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self.jobs.open("a", encoding="utf-8") as file:
-                file.write(line)  # one write of one line: several jobs append here
+                file.write(line)  # whole lines: several jobs append here
         except OSError as error:  # a diary: no run ends for it
             log.warning("cannot write to %s: %s", self.jobs, error)
 
@@ -138,7 +147,7 @@ class RunFolder:
         """Whether another process writes to this run."""
         try:
             with (self.path / ".lock").open("r+") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except OSError:

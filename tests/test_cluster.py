@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline import cluster
-from ssl_pipeline.exits import BadInput, RankLost, Status
+from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import RunFolder
 
 
@@ -16,7 +16,7 @@ def test_without_slurm_nothing_is_requeued_and_states_are_unknown(monkeypatch: p
     assert cluster.job_id() is None
     assert not cluster.requeue()
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert not cluster.requeue(exclude=["n1"])
+    assert not cluster.requeue(exclude=["n1"], patience=0)
     assert cluster.job_state("12") == "unknown"
     assert cluster.preemption_facts(None) == ["no Slurm answers here: nothing is known about preemption"]
 
@@ -39,6 +39,26 @@ def test_excluded_nodes_are_added_to_those_excluded_before(tmp_path: Path, monke
         "scontrol requeue 12",
         "scontrol update JobId=12 ExcNodeList=n[7-8],n1,n2",
     ]
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    # It fails, says that the job is being signalled, and then that it runs.
+    answers = f'n=$(cat {tmp_path}/n 2>/dev/null); echo x >> {tmp_path}/n; case $n in "") exit 1;; x) echo SIGNALING;; *) echo RUNNING;; esac'
+    slurm_of(tmp_path, monkeypatch, squeue=answers, scontrol="exit 0")
+    assert cluster.requeue()
+    slurm_of(tmp_path, monkeypatch, squeue="echo RUNNING", scontrol="exit 1")
+    assert not cluster.requeue(patience=0)
+    assert "could not be requeued (squeue says RUNNING); by hand: scontrol requeue 12" in caplog.text
+
+
+def test_a_task_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "12"), ("ARRAY_JOB_ID", "12"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert cluster.job_id() == "12_3"
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "PENDING", "CANCELLED"])
@@ -113,7 +133,3 @@ def test_slots_and_leads() -> None:
 def test_write_speed_leaves_nothing(tmp_path: Path) -> None:
     assert cluster.write_speed(tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_lost_exits_78() -> None:
-    assert RankLost("x").status == Status.RANK_LOST == 78

@@ -101,7 +101,7 @@ def test_a_job_submitted_from_a_job_inherits_nothing_of_it(monkeypatch: pytest.M
     [
         (["launch"], "launch what?"),
         (["launch", "config", "smoke"], "'config' is no job; launch pretrain, report, knn, linear-probe"),
-        (["launch", "pretrain", "smoke", "--output", "r", "data.sed=1"], "the nearest is `data.readers`"),
+        (["launch", "pretrain", "smoke", "--output", "r", "data.sed=1"], "the nearest is `data.threads`"),
         (["launch", "pretrain", "smoke", "--output", "r", "--nodes", "3"], "cannot be divided by 3 ranks"),
         (["launch", "knn", "nowhere"], "'nowhere' is neither a run folder nor a file of weights"),
         (["launch", "knn", ".", "--nodes", "2"], "knn is one process"),
@@ -185,17 +185,17 @@ def test_local_returns_at_once_and_a_time_limit_saves_and_goes_on(
     command: Callable, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = (*SMOKE, f"data.root={few_digits}", "max_steps=24")
+    words = (*SMOKE, f"data.root={few_digits}", "max_steps=60")
     done = command("launch", "pretrain", *words, "--output", "run", "--cluster", "local", "--tasks-per-node", 2)
     assert done.returncode == 0, done.stderr
     controller = int(re.search(r"submitted job (\d+) \(local\)", done.stdout).group(1))
     run = tmp_path / "run"
     wait_for(lambda: any(row["step"] >= 8 for row in read_lines(run / "metrics.jsonl")))
-    assert f"running on {os.uname().nodename}" in command("status", "run").stdout
     tasks = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     assert len(tasks) == 2
     for task in tasks:
         os.kill(int(task), signal.SIGUSR2)  # as submitit does before the time limit
+    assert f"running on {os.uname().nodename}" in command("status", "run").stdout
     wait_for(lambda: "finished" in command("status", "run").stdout)
     starts = [event for event in RunFolder(run).events() if event["event"] == "start"]
     assert len(starts) == 2
