@@ -126,12 +126,11 @@ def findings(reports: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], list
     for report in reports:
         if report["self_test"]:
             bad.setdefault(report["host"], report["self_test"])
+    sound = [report for report in reports if report["host"] not in bad]
     for key in reports[0]["same"]:
-        nodes: dict[str, str] = {}
-        for report in reports:
-            nodes[report["host"]] = report["same"].get(key, "absent")
+        nodes = {report["host"]: report["same"].get(key, "absent") for report in sound}
         counts = Counter(nodes.values()).most_common()
-        if len(counts) == 1:
+        if len(counts) < 2:
             continue
         if counts[0][1] * 2 <= len(nodes):
             shown = ", ".join(f"{value} on {', '.join(n for n in nodes if nodes[n] == value)}" for value, _ in counts)

@@ -47,7 +47,8 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     # It fails, says that the job is being signalled, and then that it runs.
-    answers = f'n=$(cat {tmp_path}/n 2>/dev/null); echo x >> {tmp_path}/n; case $n in "") exit 1;; x) echo SIGNALING;; *) echo RUNNING;; esac'
+    answers = 'case $n in "") exit 1;; x) echo SIGNALING;; *) echo RUNNING;; esac'
+    answers = f"n=$(cat {tmp_path}/n 2>/dev/null); echo x >> {tmp_path}/n; {answers}"
     slurm_of(tmp_path, monkeypatch, squeue=answers, scontrol="exit 0")
     assert cluster.requeue()
     slurm_of(tmp_path, monkeypatch, squeue="echo RUNNING", scontrol="exit 1")

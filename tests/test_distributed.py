@@ -77,7 +77,7 @@ def test_batch_norm_keeps_names_and_serves_without_affine() -> None:
         assert new[0](torch.randn(2, 4, 3, 3).bfloat16()).dtype == torch.bfloat16
 
 
-def _stopping() -> list[int]:
+def _stopping() -> str:
     def action() -> int:
         if distributed.rank() == 1:
             raise BadInput("the folder of rank 1 is missing")
@@ -86,12 +86,14 @@ def _stopping() -> list[int]:
     try:
         distributed.together(action)
     except Stop as stop:
-        return [int(stop.status), len(str(stop))]
-    return [0, 0]
+        return f"{int(stop.status)} {stop}"
+    return "went on"
 
 
-def test_all_stop_where_one_does_and_only_that_one_speaks() -> None:
-    assert on_ranks(2, _stopping) == [[Status.BAD_INPUT, 0], [Status.BAD_INPUT, len("the folder of rank 1 is missing")]]
+def test_all_stop_where_one_does_and_the_main_one_says_which() -> None:
+    first, second, third = on_ranks(3, _stopping)
+    assert first == f"2 rank 1 on {socket.gethostname()}: the folder of rank 1 is missing"
+    assert (second, third) == ("2 the folder of rank 1 is missing", "2 ")
     assert distributed.together(lambda: 7) == 7
 
 

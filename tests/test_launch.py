@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_impossible_resources_are_refused(given: dict, said: str) -> None:
 
 def test_the_lead_follows_the_time() -> None:
     assert launch.Resources().lead == 300
+    assert [launch.Resources().sized(verb).time for verb in launch.HOURS] == [
+        "24:00:00",
+        "2:00:00",
+        "8:00:00",
+        "1:00:00",
+    ]
+    with pytest.raises(BadInput, match="--signal-lead 1500 is too long for knn in a slot of 2:00:00"):
+        launch.Resources(signal_lead=1500).sized("knn")
     assert launch.Resources(time="24:00:00").lead == 300
     assert launch.Resources(time="5").lead == 60
     assert launch.Resources(time="5", signal_lead=20).lead == 20
@@ -65,6 +74,23 @@ def test_the_script_asks_for_what_was_given() -> None:
         assert re.search(rf"^#SBATCH --.*{re.escape(line)}$", text, flags=re.MULTILINE), line
     # Since Slurm 22.05 srun must be told the CPUs of a task again.
     assert re.search(r"^srun .*--kill-on-bad-exit=0 --wait=120 --cpus-per-task=8 ", text, flags=re.MULTILINE)
+
+
+def test_without_a_time_the_slot_is_a_day(command: Callable, few_digits: Path) -> None:
+    words = ("smoke", f"data.root={few_digits}", "data.batch_size=16", "--output", "r", "--dry-run")
+    assert "#SBATCH --time=1440\n" in command("launch", "pretrain", *words).stdout
+    assert re.findall(r"--time=(\d+)", command("experiment", *words).stdout) == ["1440", "120", "480", "60"]
+
+
+def test_a_refusal_by_slurm_names_what_is_queued_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(jobs: list, resources: launch.Resources, name: str, *more: object) -> list:
+        if name == "linear-probe":
+            raise BadInput("Slurm refuses the job: QOSMaxSubmitJobPerUserLimit")
+        return [SimpleNamespace(job_id={"pretrain": "5", "knn": "6"}[name])]
+
+    monkeypatch.setattr(launch, "submit", submit)
+    with pytest.raises(BadInput, match=r"already submitted: 5 6 \(scancel them, or let them run\)"):
+        launch.experiment(RunFolder(tmp_path), launch.Resources())
 
 
 def test_a_pickled_job_holds_words_alone(tmp_path: Path) -> None:
@@ -108,6 +134,14 @@ def test_a_job_submitted_from_a_job_inherits_nothing_of_it(monkeypatch: pytest.M
         (["launch", "pretrain", "smoke", "--output", "r", "--array", "seed"], "is not of the form key.sub=v1,v2"),
         (["launch", "knn", ".", "--array", "seed=1,2"], "--array varies the options of pretraining"),
         (["launch", "pretrain", "smoke", "--output", "r", "--cluster", "local", "--nodes", "2"], "has one node"),
+        (
+            ["launch", "pretrain", "smoke", "--output", "r", "--cluster", "local", "--time", "5"],
+            "local has no time limit",
+        ),
+        (["launch", "knn", "."], "is no run folder"),
+        (["launch", "pretrain", "smoke", "--output", "r", "--array", "seed=1,1"], "gives a value twice"),
+        (["experiment", "smoke", "--output", "r", "--every", "0"], "is no number of epochs"),
+        (["plan", "smoke", "--images-per-second", "0"], "is no speed"),
         (["experiment", "smoke", "--output", "r", "--time", "soon"], "give minutes, HH:MM:SS"),
         (["plan", "smoke", "--nodes", "5"], "cannot be divided by 5 ranks"),
     ],

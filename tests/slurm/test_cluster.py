@@ -42,6 +42,7 @@ def test_submitit_is_requeued_and_goes_on(cluster: Cluster, quiet: Path, few_dig
     cluster.tell("scontrol", "requeue", job)
     assert cluster.wait(job) == "COMPLETED"
     assert len(starts(run)) == 2
+    assert starts(run)[1]["step"] > 12  # it saved at SIGTERM
     same(run, quiet)
     shown = cluster.tell("ssl-pipeline", "status", run)
     for text in (f"{run}: finished", "step 30 of 30", "1 restart, 4 ranks", "last checkpoint: step 30"):
