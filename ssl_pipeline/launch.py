@@ -219,10 +219,10 @@ def outside_of_jobs(quiet: bool) -> Iterator[None]:
 
     With `quiet`, what is started here gets none of this process's streams: who reads our output need not wait for it.
     """
-    before = dict(os.environ)
+    before, cleaned = dict(os.environ), outside()
     streams = [os.dup(number) for number in (0, 1, 2)] if quiet else []
     os.environ.clear()
-    os.environ.update(outside())
+    os.environ.update(cleaned)
     if quiet:
         sys.stdout.flush()
         nothing = os.open(os.devnull, os.O_RDWR)

@@ -108,6 +108,15 @@ def test_a_pickled_job_holds_words_alone(tmp_path: Path) -> None:
     assert names == {"submitit.core.utils.DelayedSubmission", "ssl_pipeline.launch.Job"}
 
 
+def test_outside_of_jobs_all_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with launch.outside_of_jobs(quiet=False):
+        assert "SLURM_JOB_ID" not in os.environ
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["SLURM_JOB_ID"] == "5"
+
+
 def test_unpickling_a_job_imports_no_torch() -> None:
     code = "import sys, ssl_pipeline.launch; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -215,6 +224,7 @@ def wait_for(true: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_local_returns_at_once_and_a_time_limit_saves_and_goes_on(
     command: Callable, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +249,7 @@ def test_local_returns_at_once_and_a_time_limit_saves_and_goes_on(
     assert_same_run(run, tmp_path / "quiet")
 
 
+@pytest.mark.slow
 def test_an_experiment_on_this_machine(command: Callable, few_digits: Path, tmp_path: Path) -> None:
     words = (*SMOKE, f"data.root={few_digits}", "max_steps=3", "--output", "run", "--cluster", "local")
     done = command("experiment", *words)
