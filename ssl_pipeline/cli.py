@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ssl-pipeline",
         description="Self-supervised pretraining of vision backbones, with SparseHead.",
         epilog="exit status: 0 done, 1 defect, 2 bad input, 75 stopped with a checkpoint (give the same command again), "
-        "76 non-finite, 77 storage, 78 a rank was lost",
+        "76 non-finite, 77 storage, 78 bad nodes",
     )
     parser.add_argument("--version", action="version", version=f"ssl-pipeline {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -172,6 +172,7 @@ def test_two_ranks_of_torchrun_are_one(digits: Path, tmp_path: Path, command: Ca
     assert one[0]["loss"] - one[-1]["loss"] > 0.01  # it trains: agreement of a standstill would say nothing
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_and_resumed_are_not_stopped(few_digits: Path, tmp_path: Path, command: Callable) -> None:
     words = ("pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "monitor.tensorboard=false")
     for run, ends in (("whole", (8,)), ("parts", (3, 8))):
