@@ -22,7 +22,7 @@ def test_sbatch_is_preempted_by_a_higher_partition_and_goes_on(cluster: Cluster,
     higher = cluster.preempt()
     cluster.wait(higher)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert f"requeueing job {job}" in cluster.output(job)
+    assert f"requeued job {job}" in cluster.output(job)
     first, second = starts(run)
     assert second["step"] > 12  # it saved at the signal, not only at step 10
     assert (first["job"], second["job"], second["restart"]) == (job, job, 1)

@@ -101,7 +101,7 @@ def test_an_evaluation_that_is_preempted_starts_again(cluster: Cluster, quiet: P
         time.sleep(1.5)
         cluster.wait(cluster.preempt())
         assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-        assert f"requeueing job {job}" in cluster.output(job)
+        assert f"requeued job {job}" in cluster.output(job)
         assert RunFolder(quiet).read_results()[script][wanted] > 10
 
 
