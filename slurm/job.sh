@@ -17,8 +17,8 @@ run_job() {
     mkdir -p "$logs"
     # srun passes signals on to the tasks, and what these return decides: the script itself only must not die of them.
     trap 'signalled=1' TERM USR1 USR2
-    # One task's end ends no other one (all save together); those that hang after one died are ended after two minutes.
-    srun --kill-on-bad-exit=0 --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    # One task's end ends no other one (all save together); those that hang after one died are ended after four minutes.
+    srun --kill-on-bad-exit=0 --wait=240 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
         --open-mode=append --output="$logs/%j_%t.log" "$python" -m ssl_pipeline "$@" &
     pid=$!
     while ((signalled)); do # a signal interrupts `wait`

@@ -277,11 +277,11 @@ def parameters(resources: Resources, name: str) -> dict[str, Any]:
             f"case $status in 138|140|143) {shlex.quote(sys.executable)} -m ssl_pipeline requeue ;; esac",
             "exit $status",
         ],
-        # One rank's status ends no other rank; those that hang after one died are ended after two minutes.
+        # One rank's status ends no other rank; those that hang after one died are ended after four minutes.
         # Since 22.05 srun does not take --cpus-per-task from the job.
         "srun_args": [
             "--kill-on-bad-exit=0",
-            "--wait=120",
+            "--wait=240",
             *([f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []),
         ],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes"},
