@@ -239,6 +239,7 @@ def plan(args: argparse.Namespace) -> int:
             _resources(args),
             measure_seconds=args.measure_seconds,
             images_per_second=args.images_per_second,
+            pictures=args.pictures,
         )
     )
     return Status.DONE
@@ -335,6 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(verb)
     verb.add_argument("--output", type=Path, metavar="RUN")
     verb.add_argument("--measure-seconds", type=int, default=60, help="time for a few steps here (default 60; 0: none)")
+    verb.add_argument("--pictures", type=int, help="size of the training set, where it is not on this machine")
     verb.add_argument("--images-per-second", type=float, help="of one process, instead of measuring")
     add_resources(verb)
 

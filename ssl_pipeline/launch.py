@@ -466,11 +466,12 @@ def plan(
     *,
     measure_seconds: int = 60,
     images_per_second: float | None = None,
+    pictures: int | None = None,
 ) -> str:
     """What a pretraining will cost and whether this cluster takes it; runs a few steps where that says something.
 
-    `words` are the config's name and overrides; `images_per_second` of one process spares the measurement. Raises
-    BadInput for what cannot work.
+    `words` are the config's name and overrides; `images_per_second` of one process spares the measurement; `pictures` is
+    the size of a training set that is not here. Raises BadInput for what cannot work.
     """
     from ssl_pipeline.checkpoint import require_room
     from ssl_pipeline.pretrain import PretrainConfig, consequences, cost
@@ -480,7 +481,7 @@ def plan(
     resources = resources.sized("pretrain")
     options = config.validate(PretrainConfig, tree.values, tree)
     facts = consequences(options, resources.ranks)
-    costs = cost(options)
+    costs = cost(options, pictures)
     lines = [f"{key}: {value}" for key, value in facts.items()]
 
     parent = output.absolute()
@@ -499,7 +500,9 @@ def plan(
     if images_per_second is None and measure_seconds:
         images_per_second, told = _measure(words, options, resources, measure_seconds)
         lines.append(told)
-    if images_per_second is not None and costs["images"]:
+    if not costs["images"]:
+        lines.append("time: unknown, since the training pictures are not here; give their number by --pictures")
+    elif images_per_second is not None:
         total = costs["images"] / (images_per_second * resources.ranks)
         devices = resources.gpus_per_node * resources.nodes
         unit = (

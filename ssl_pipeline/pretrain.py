@@ -390,13 +390,17 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-def cost(options: PretrainConfig) -> dict[str, int]:
-    """Bytes of one checkpoint, and pictures that the whole run sees (0 where the data is not here). Runs nothing."""
+def cost(options: PretrainConfig, pictures: int | None = None) -> dict[str, int]:
+    """Bytes of one checkpoint, and pictures that the whole run sees. Runs nothing.
+
+    `pictures` is the size of the training set where it is not here; without both the run sees 0.
+    """
     with torch.device("meta"):
         method = build_method(options)
     root = options.data.root / "train"
     batch = options.data.batch_size
-    steps = len(image_folder(root)) // batch * options.epochs if root.is_dir() else 0
+    samples = len(image_folder(root)) if root.is_dir() else pictures or 0
+    steps = samples // batch * options.epochs
     return {
         "checkpoint_bytes": _checkpoint_bytes(method, options),
         "images": min(steps, options.max_steps or steps) * batch,

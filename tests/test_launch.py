@@ -228,6 +228,14 @@ def test_plan_for_gpus_needs_to_be_told_the_speed(here: Callable, few_digits: Pa
     assert "time: 2 h 00 min at 100 images/s a process (communication and waits not included): 16.0 GPU-hours" in stdout
 
 
+def test_plan_where_the_data_is_not(here: Callable) -> None:
+    words = ("plan", "imagenet/simclr", "--nodes", 4, "--gpus-per-node", 8, "--images-per-second", 400)
+    assert "time: unknown, since the training pictures are not here; give their number by --pictures" in here(*words)[1]
+    stdout = here(*words, "--pictures", 1281167, "epochs=100")[1]
+    # 312 steps of 4096 pictures, 100 times, at 32 x 400 images/s: 9984 s
+    assert "time: 2 h 46 min at 400 images/s a process (communication and waits not included): 88.7 GPU-hours" in stdout
+
+
 # --------------------------------------------------------------------------------------------------- on this machine
 def wait_for(true: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
