@@ -91,7 +91,12 @@ def test_pretrain_then_evaluate_a_run_and_a_bare_file(few_digits: Path, command:
 
 
 def test_tools_are_the_verbs() -> None:
-    for name, verb in (("knn", "knn"), ("linear_probe", "linear-probe"), ("prepare_data", "prepare-data")):
+    for name, verb in (
+        ("knn", "knn"),
+        ("linear_probe", "linear-probe"),
+        ("prepare_data", "prepare-data"),
+        ("report", "report"),
+    ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True
         )

@@ -72,12 +72,13 @@ def test_an_experiment_with_one_evaluation_that_fails(cluster: Cluster, few_digi
 
 def test_evaluations_of_a_pretraining_that_failed_do_not_wait_for_ever(cluster: Cluster, few_digits: Path) -> None:
     run = cluster.folder / "run"
-    told = cluster.tell(
-        "ssl-pipeline", "experiment", *recipe(few_digits, 20), "--output", run, "--time", 5, "--mem", "1M"
-    )
+    too_many = "checkpoint.keep=1000000000"  # for which no disk has room: found inside the job, before its first step
+    told = cluster.tell("ssl-pipeline", "experiment", *recipe(few_digits, 20), too_many, "--output", run, "--time", 5)
     jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
-    cluster.tell("scancel", jobs["pretrain"])
+    assert cluster.wait(jobs["pretrain"]) == "FAILED"
+    assert "ExitCode=77:0" in cluster.tell("scontrol", "-o", "show", "job", jobs["pretrain"])
     assert [cluster.wait(jobs[verb]) for verb in ("knn", "linear-probe")] == ["CANCELLED", "CANCELLED"]
+    cluster.wait(jobs["report"])
 
 
 def test_full_size_scripts_pass_test_only(cluster: Cluster) -> None:
