@@ -178,4 +178,4 @@ def quiet(slurm: dict[str, str], few_digits: Path, tmp_path_factory: pytest.Temp
 
 
 def recipe(data: Path, steps: int = 30) -> tuple[str, ...]:
-    return ("smoke", f"data.root={data}", f"max_steps={steps}", "epochs=10", *SMALL)
+    return ("smoke", f"data.root={data}", f"max_steps={steps}", "epochs=20", *SMALL)
