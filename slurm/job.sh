@@ -2,6 +2,8 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
+# What your cluster needs before Python starts (module load, conda activate, NCCL's variables) goes here.
+
 # The interpreter: PYTHON, else the one that `make setup` made here, else an active environment's.
 python=${PYTHON:-}
 [[ -n $python ]] || { [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python; } || python=python3

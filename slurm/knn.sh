@@ -3,9 +3,11 @@
 #
 #   sbatch slurm/knn.sh RUN [key=value ...]            or a file of weights and --config NAME; `ssl-pipeline knn --help`
 #
-# Results go to RUN/results. After a preemption it starts again. docs/slurm.md.
+# Results go to RUN/results. After a preemption it starts again; at its time limit it ends: give it more --time. docs/slurm.md.
 #
-# Yours to edit, or to give to sbatch:
+# Yours to edit, or to give to sbatch; with ## it is a comment:
+##SBATCH --partition=
+##SBATCH --account=
 #SBATCH --job-name=knn
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

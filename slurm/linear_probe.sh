@@ -3,9 +3,11 @@
 #
 #   sbatch slurm/linear_probe.sh RUN [key=value ...]            or a file of weights and --config NAME; `ssl-pipeline linear-probe --help`
 #
-# Results go to RUN/results. After a preemption it starts again. docs/slurm.md.
+# Results go to RUN/results. After a preemption it starts again; at its time limit it ends: give it more --time. docs/slurm.md.
 #
-# Yours to edit, or to give to sbatch:
+# Yours to edit, or to give to sbatch; with ## it is a comment:
+##SBATCH --partition=
+##SBATCH --account=
 #SBATCH --job-name=linear-probe
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -4,10 +4,13 @@
 #   sbatch slurm/pretrain_imagenet.sh [CONFIG] [key=value ...]        default: imagenet/barlow_twins_sparsehead, 1000 epochs
 #   sbatch --nodes=4 --time=8:00:00 slurm/pretrain_imagenet.sh imagenet/simclr_sparsehead data.root=/datasets/imagenet
 #
-# RUN (environment) names the run folder; without it runs/<config>-<job id>. The same RUN goes on where it stopped: at the
-# time limit, at preemption and at SIGTERM everything is saved and the job goes back into the queue. docs/slurm.md.
+# The pictures are at data.root, by default data/imagenet/{train,val}/<class>/ in the repository. RUN (environment) names the
+# run folder; without it runs/<config>-<job id>. The same RUN goes on where it stopped: at the time limit, at preemption and at
+# SIGTERM everything is saved and the job goes back into the queue. docs/slurm.md.
 #
-# Yours to edit, or to give to sbatch:
+# Yours to edit, or to give to sbatch; with ## it is a comment:
+##SBATCH --partition=
+##SBATCH --account=
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -130,18 +131,35 @@ def _resources(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from ssl_pipeline import config, launch
 
     given = {name: getattr(args, name) for name in launch.Resources.model_fields}
-    return config.validate(launch.Resources, {name: value for name, value in given.items() if value is not None})
+    resources = config.validate(launch.Resources, {name: value for name, value in given.items() if value is not None})
+    if resources.cluster != "slurm" and resources.nodes > 1:
+        raise BadInput(f"--cluster {resources.cluster} has one node, not {resources.nodes}: give --nodes 1")
+    if resources.cluster != "slurm" and resources.time is not None:
+        raise BadInput(f"--cluster {resources.cluster} has no time limit: leave --time out")
+    return resources
 
 
-def _freeze(name: str, overrides: Sequence[str], output: Path, ranks: int, write: bool):  # type: ignore[no-untyped-def]
+def _freeze(name: str, overrides: Sequence[str], output: Path, resources, write: bool):  # type: ignore[no-untyped-def]
     """The run folder with its resolved config in it, everything that can be checked here having been checked."""
+    import torch
+
     from ssl_pipeline import config
+    from ssl_pipeline.data.index import image_folder
     from ssl_pipeline.pretrain import PretrainConfig, consequences
     from ssl_pipeline.run_folder import RunFolder
 
     tree = config.load(name, overrides)
     options = config.validate(PretrainConfig, tree.values, tree)
-    consequences(options, ranks)
+    consequences(options, resources.ranks)
+    train = options.data.root / "train"
+    if resources.cluster != "slurm":
+        image_folder(train)  # raises here what the job would
+        if resources.gpus_per_node and torch.accelerator.current_accelerator(check_available=True) is None:
+            raise BadInput(
+                f"--gpus-per-node {resources.gpus_per_node}: torch sees no GPU on this machine; leave it out"
+            )
+    elif not train.is_dir() and not write:
+        print(f"ssl-pipeline: {str(train)!r} cannot be seen from here; the job must see it", file=sys.stderr)
     run = RunFolder(output)
     if write:
         run.open_for_writing(options.model_dump(mode="json"))
@@ -161,31 +179,39 @@ def launch(args: argparse.Namespace) -> int:
     if inner.verb != "pretrain" and resources.ranks > 1:
         raise BadInput(f"{inner.verb} is one process: give --nodes 1 and at most --gpus-per-node 1")
     source = inner.output if inner.verb == "pretrain" else inner.run if inner.verb == "report" else inner.source
-    run, jobs = None, []
     variants = _variants(args.array)
     if variants and inner.verb != "pretrain":
         raise BadInput("--array varies the options of pretraining")
     if inner.verb == "pretrain":
-        for variant in variants or [""]:
-            output = source / variant if variant else source
-            overrides = [*inner.overrides, *([variant] if variant else [])]
-            run = _freeze(inner.config, overrides, output, resources.ranks, write=not args.dry_run)
-            jobs.append(launch.pretraining(run))
+        for write in (False, True)[: 1 if args.dry_run else 2]:  # all are checked before any is written
+            runs = [
+                _freeze(
+                    inner.config,
+                    [*inner.overrides, *([variant] if variant else [])],
+                    source / variant if variant else source,
+                    resources,
+                    write,
+                )
+                for variant in variants or [""]
+            ]
+        jobs = [launch.pretraining(run) for run in runs]
         folder = source / "logs"
     else:
         if inner.verb == "report":
             RunFolder(source).read_config()
         else:
             _evaluated(inner)  # raises here what the job would raise hours later
-        run = _run_of(source)
-        folder = (run.path if run is not None else source.parent) / "logs"
-        jobs.append(launch.Job(args.words))
+        runs = [run] if (run := _run_of(source)) is not None else []
+        folder = (runs[0].path if runs else source.parent) / "logs"
+        jobs = [launch.Job(args.words)]
     if args.dry_run:
+        for job in jobs:
+            print(f"# ssl-pipeline {shlex.join(job.words)}")
         print(launch.script(resources.sized(inner.verb), inner.verb, folder))
         return Status.DONE
     recorded = {"source": str(source)} if inner.verb != "pretrain" else {}
-    submitted = launch.submit(jobs, resources, inner.verb, folder, run, **recorded)
-    print(launch.follow(submitted, resources, folder, run))
+    submitted = launch.submit(jobs, resources, inner.verb, folder, runs[0] if runs else None, **recorded)
+    print(launch.follow(submitted, resources, folder, runs))
     return Status.DONE
 
 
@@ -219,7 +245,7 @@ def experiment(args: argparse.Namespace) -> int:
     if args.every and resources.cluster == "debug":
         raise BadInput("--every needs jobs beside the training: give --cluster slurm or local")
     overrides = [*args.overrides, *([f"checkpoint.backbone_every_epochs={args.every}"] if args.every else [])]
-    run = _freeze(args.config, overrides, args.output, resources.ranks, write=not args.dry_run)
+    run = _freeze(args.config, overrides, args.output, resources, write=not args.dry_run)
     print(launch.experiment(run, resources, every=bool(args.every), dry_run=args.dry_run))
     return Status.DONE
 

@@ -104,8 +104,9 @@ def status(run: RunFolder) -> str:
     """How a run stands, from its folder and from Slurm: state, progress, speed, restarts, age of the last checkpoint."""
     run.read_config()  # raises where this is no run
     events = run.events()
-    starts = [event for event in events if event["event"] == "start"]
-    last = starts[-1] if starts else None
+    all_starts = [event for event in events if event["event"] == "start"]
+    last = all_starts[-1] if all_starts else None
+    starts = [event for event in all_starts if event["step"] < event["steps"]]  # not those that found it finished
     saved = saved_steps(run.checkpoints)
     metrics = read_lines(run.metrics)
     lines = [f"{run.path}: {_state(run, events, last, saved)}"]
@@ -115,7 +116,7 @@ def status(run: RunFolder) -> str:
         speed, left = row.get("images_per_second"), row.get("seconds_left")
         if speed is not None and left is not None:
             lines.append(f"{speed:.0f} images/s, {duration(left)} left" if left else f"{speed:.0f} images/s")
-        restarts = len(starts) - 1
+        restarts = max(len(starts) - 1, 0)
         lines.append(
             f"{restarts} restart{'' if restarts == 1 else 's'}, {last['ranks']} rank{'' if last['ranks'] == 1 else 's'}"
         )
@@ -149,8 +150,14 @@ def _state(
         state = job_state(job)
         nodes = f" on {last['nodes']}" if state == "RUNNING" and last and last.get("nodes") else ""
         return f"Slurm job {job} {state}{nodes}"
+    failed = [event for event in events if event["event"] == "failed" and event["verb"] == "pretrain"]
+    if failed and failed[-1] == [event for event in events if event.get("verb", "pretrain") == "pretrain"][-1]:
+        return f"failed with status {failed[-1]['status']}; why: {run.logs}/{failed[-1]['job']}_0_log.out"
     if run.is_locked():
         return f"running on {last['host']}" if last else "running"
+    local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]
+    if local and (last is None or local[-1]["time"] > last["time"]):
+        return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}"
     return f"stopped at step {saved[-1]}; the same command goes on" if saved else "not running"
 
 

@@ -266,7 +266,11 @@ def _tags(model: type[Options]) -> list[Any]:
 
 def _nearest(word: str, choices: Iterable[str]) -> str:
     choices = list(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    short = word.rpartition(".")[2]  # lr for learning_rate is the likeliest of all
+    close = [
+        name for name in choices if "".join(part[0] for part in name.rpartition(".")[2].split("_") if part) == short
+    ]
+    close = close or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
         return f"; the nearest is `{close[0]}`"
     return f"; choose among {', '.join(choices)}" if choices else ""

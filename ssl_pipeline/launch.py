@@ -116,6 +116,8 @@ def minutes(time: str) -> int:
     if not all(part.isdigit() for part in parts) or (dash and not days.isdigit()) or len(parts) > 3:
         raise ValueError("give minutes, HH:MM:SS, D-HH or D-HH:MM:SS")
     numbers = [int(part) for part in parts]
+    if any(number >= 60 for number in numbers[1:]):
+        raise ValueError("after the first colon minutes and seconds are less than 60")
     if dash:
         hours, mins, seconds = [*numbers, 0, 0][:3]
     else:
@@ -154,6 +156,8 @@ class Job:
             watcher.end(last_pass=status == Status.DONE)
         if status == Status.DONE:
             return status
+        if status != Status.STOPPED and here.global_rank == 0 and (run := _run_folder(self.words)) is not None:
+            run.record("failed", verb=self.words[0], job=here.job_id, status=status)
         if status == Status.STOPPED and here.cluster == "local" and signal.SIGUSR2 in preemption.noted():
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)  # submitit's word to start it again
         sys.exit(status)
@@ -161,6 +165,12 @@ class Job:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """For submitit: start again with the same words."""
         return submitit.helpers.DelayedSubmission(self)
+
+
+def _run_folder(words: Sequence[str]) -> RunFolder | None:
+    """The run folder that a command line writes to."""
+    path = Path(words[words.index("--output") + 1] if "--output" in words else words[1])
+    return RunFolder(path) if (path / "config.yaml").is_file() else None
 
 
 def pretraining(run: RunFolder, beside: Sequence[Sequence[str]] = ()) -> Job:
@@ -306,10 +316,6 @@ def submit(
     if resources.cluster == "debug":
         return _in_this_process(jobs)
     if resources.cluster == "local":
-        if resources.nodes > 1:
-            raise BadInput(f"--cluster local has one node, not {resources.nodes}: give --nodes 1")
-        if resources.time is not None:
-            raise BadInput("--cluster local has no time limit: leave --time out")
         executor: Any = submitit.LocalExecutor(folder, max_num_timeout=_UNLIMITED)
         executor.update_parameters(
             tasks_per_node=resources.tasks,
@@ -322,10 +328,9 @@ def submit(
         resources = resources.sized(verb)
         # An evaluation starts anew in each slot: in too short a one it would do so for ever.
         timeouts = _UNLIMITED if verb == "pretrain" else 3
-        try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
-        except RuntimeError:
-            raise BadInput("no srun here: submit on a machine of the cluster, or give --cluster local") from None
+        if cluster.ask("sinfo", "-h") is None:
+            raise BadInput("no Slurm answers here: submit on a machine of the cluster, or give --cluster local")
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
         executor.update_parameters(**parameters(resources, name))
     try:
         with outside_of_jobs(quiet=resources.cluster == "local"), executor.batch():
@@ -349,7 +354,7 @@ def _in_this_process(jobs: Iterable[Job]) -> list[Any]:
     return []
 
 
-def follow(submitted: Sequence[Any], resources: Resources, folder: Path, run: RunFolder | None) -> str:
+def follow(submitted: Sequence[Any], resources: Resources, folder: Path, runs: Sequence[RunFolder]) -> str:
     """How to see a job that was submitted."""
     ids = [one.job_id for one in submitted]
     if not ids:
@@ -357,9 +362,8 @@ def follow(submitted: Sequence[Any], resources: Resources, folder: Path, run: Ru
     gpus = f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else "no GPU"
     asked = f"nodes {resources.nodes}, on each {resources.tasks} processes and {gpus}"
     lines = [f"submitted {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)} ({resources.cluster}): {asked}"]
-    if run is not None:
-        lines.append(f"status:   ssl-pipeline status {shlex.quote(str(run.path))}")
-    lines.append(f"log:      tail -F {shlex.quote(str(folder / f'{ids[0]}_0_log.out'))}")
+    lines += [f"status:   ssl-pipeline status {shlex.quote(str(run.path))}" for run in runs]
+    lines += [f"log:      tail -F {shlex.quote(str(folder / f'{number}_0_log.out'))}" for number in ids]
     cancel = f"scancel {' '.join(ids)}" if resources.cluster == "slurm" else f"kill {' '.join(ids)}"
     lines.append(f"stop:     {cancel}")
     return "\n".join(lines)
@@ -385,7 +389,12 @@ def experiment(
         parts = [("pretrain", resources.sized("pretrain"))]
         parts += [(verb, _one_task(resources, verb, "afterok:PRETRAIN")) for verb in evaluations]
         parts.append(("report", _one_task(resources, "report", "afterany:EVALUATIONS")))
-        return "\n".join(f"# ---- {name}\n{script(needs, name, folder)}" for name, needs in parts)
+        found = [f"# ---- {name}\n{script(needs, name, folder)}" for name, needs in parts]
+        found += [
+            f"# ---- beside the training, for each backbone kept\n# ssl-pipeline {shlex.join(words)}"
+            for words in beside
+        ]
+        return "\n".join([f"# ssl-pipeline {shlex.join(train.words)}", *found])
     if resources.cluster != "slurm":
         return _one_after_the_other(train, run, resources, evaluations)
     submitted = submit([train], resources, "pretrain", folder, run)
@@ -407,7 +416,7 @@ def experiment(
             f"{error}; already submitted: {' '.join([first, *ids])} (scancel them, or let them run)"
         ) from None
     lines.append(f"{page.job_id}  report, after all of them: {run.path / 'report.html'}")
-    return "\n".join([*lines, follow(submitted, resources, folder, run)])
+    return "\n".join([*lines, follow(submitted, resources, folder, [run])])
 
 
 def _one_task(resources: Resources, verb: str, dependency: str | None = None) -> Resources:
@@ -450,6 +459,7 @@ def _run_local(job: Job, resources: Resources, run: RunFolder) -> int:
 
         return cli.main(job.words)
     (local,) = submit([job], resources, job.words[0], run.path / "logs", run)
+    log.info("%s runs as process %s; its log: %s", job.words[0], local.job_id, run.logs / f"{local.job_id}_0_log.out")
     local.wait()
     if local.exception() is None:
         return Status.DONE
@@ -526,6 +536,8 @@ def plan(
         lines.append("time: unknown; give --images-per-second, of one process, from a run on such a machine")
     lines += cluster.preemption_facts(resources.partition)
 
+    if resources.gpus_per_node and resources.cpus_per_task is None:
+        lines.append("no --cpus-per-task: each process gets Slurm's default, often one CPU; DALI keeps 8 or more busy")
     asked = resources.model_copy(update={"signal_lead": lead})
     text = script(asked, "pretrain", output / "logs")
     lines.append(test_only(text))

@@ -63,7 +63,7 @@ def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str],
         if world.size > 1:
             bandwidth = _all_reduce_bandwidth(world)
             log.info(
-                "preflight: %d ranks on %d nodes agree and compute; all-reduce %.2f GB/s",
+                "preflight: ranks %d, nodes %d: all agree and compute; all-reduce %.2f GB/s",
                 world.size,
                 len(set(hosts)),
                 bandwidth / 1e9,

@@ -200,6 +200,10 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     if options.precision == "fp16" and device.type == "cpu":
         log.warning("precision fp16 on a CPU is slow and meant for tests; bf16 is the fast one")
+    if device.type == "cpu" and os.environ.get("SLURM_GPUS_ON_NODE"):
+        log.warning(
+            "the job has GPUs and torch sees none: this runs on the CPU; is torch built for CUDA, and for this driver?"
+        )
     log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
     distributed.together(lambda: _require_room(method, options, run) if world.is_main else None)
 

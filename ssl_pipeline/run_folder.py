@@ -80,7 +80,7 @@ class RunFolder:
         job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
         self._lock.flush()
-        if self.config.is_file():
+        if self.config.is_file() and self.begun():
             self._require_same(values)
         elif any(self.checkpoints.glob("*.pt")):
             raise BadInput(f"{str(self.path)!r} holds checkpoints but no config.yaml: name another --output")
@@ -90,6 +90,11 @@ class RunFolder:
             os.replace(partial, self.config)
         except OSError as error:
             raise StorageFailure(f"cannot write {self.config}: {error}; free room or name another --output") from None
+
+    def begun(self) -> bool:
+        """Whether anything was submitted or computed here; until then its config may be replaced."""
+        events = any(event["event"] in ("submitted", "start") for event in self.events())
+        return events or self.metrics.exists() or any(self.checkpoints.glob("*.pt"))
 
     def _require_same(self, values: Mapping[str, Any]) -> None:
         old = config.flatten(self.read_config())

@@ -167,6 +167,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         (["launch", "pretrain", "smoke", "--output", "r", "--array", "seed=1,1"], "gives a value twice"),
         (["experiment", "smoke", "--output", "r", "--every", "0"], "is no number of epochs"),
         (["plan", "smoke", "--images-per-second", "0"], "is no speed"),
+        (["launch", "pretrain", "smoke", "--output", "r", "optim.lr=1"], "the nearest is `optim.learning_rate`"),
+        (["launch", "pretrain", "smoke", "--output", "r", "--time", "1:99:00"], "less than 60"),
+        (["launch", "pretrain", "smoke", "--output", "r", "--cluster", "local"], "no folder 'data/digits/train'"),
         (["experiment", "smoke", "--output", "r", "--time", "soon"], "give minutes, HH:MM:SS"),
         (["plan", "smoke", "--nodes", "5"], "cannot be divided by 5 ranks"),
     ],
@@ -181,7 +184,44 @@ def test_without_slurm_it_says_how_else(here: Callable, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", "/nowhere")
     status, _, stderr = here("launch", "pretrain", "smoke", "--output", "r")
     assert status == Status.BAD_INPUT
-    assert "no srun here: submit on a machine of the cluster, or give --cluster local" in stderr
+    assert "no Slurm answers here: submit on a machine of the cluster, or give --cluster local" in stderr
+
+
+def test_gpus_that_are_not_there_are_refused(here: Callable, few_digits: Path) -> None:
+    words = (
+        "pretrain",
+        "smoke",
+        f"data.root={few_digits}",
+        "data.batch_size=16",
+        "--output",
+        "r",
+        "--cluster",
+        "local",
+    )
+    status, _, stderr = here("launch", *words, "--gpus-per-node", 2)
+    assert (status, "torch sees no GPU on this machine" in stderr) == (Status.BAD_INPUT, True)
+
+
+def test_an_array_is_checked_whole_before_anything_is_written(here: Callable, few_digits: Path, tmp_path: Path) -> None:
+    words = ("launch", "pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "--output", "r")
+    status, _, stderr = here(*words, "--array", "optim.learning_rate=0.1,abc")
+    assert (status, "'abc'" in stderr) == (Status.BAD_INPUT, True)
+    assert list(tmp_path.iterdir()) == []
+    stdout = here(*words, "--array", "optim.learning_rate=0.1,0.2", "--dry-run")[1]
+    assert re.findall(r"^# ssl-pipeline .* --output (.*)$", stdout, flags=re.MULTILINE) == [
+        "r/optim.learning_rate=0.1",
+        "r/optim.learning_rate=0.2",
+    ]
+
+
+def test_a_job_that_failed_says_so_in_the_status(here: Callable, few_digits: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.open_for_writing({"a": 1})
+    run.close()
+    run.record("submitted", verb="pretrain", job="77", cluster="local")
+    assert "process 77 was started on this machine and has not begun yet" in here("status", "run")[1]
+    run.record("failed", verb="pretrain", job="77", status=2)
+    assert "failed with status 2; why: run/logs/77_0_log.out" in here("status", "run")[1]
 
 
 def test_a_dry_run_prints_scripts_and_makes_nothing(here: Callable, few_digits: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ def test_the_same_config_goes_on_and_another_is_refused_key_by_key(tmp_path: Pat
         finally:
             run.close()
 
-    start(CONFIG)
+    start({**CONFIG, "seed": 7})
+    start(CONFIG)  # nothing was begun
+    RunFolder(tmp_path / "run").record("start")
     start({**CONFIG, "data": {"root": "x", "threads": 8}, "monitor": {"every_steps": 1}, "max_steps": 9})
     with pytest.raises(
         BadInput, match=r"belongs to another config: .*\n  data.root: 'x' there, 'y' now\n  seed: 0 there, 1 now"
