@@ -60,7 +60,8 @@ def test_forward_with_the_real_sizes(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_a_leaf_is_a_short_lab_note(name: str) -> None:
     text = (config.packaged_configs() / f"{name}.yaml").read_text()
     assert len(text.splitlines()) <= 15
-    assert f"ssl-pipeline pretrain {name}" in text or f"ssl_pipeline pretrain {name}" in text
+    start = "sbatch slurm/pretrain_imagenet.sh" if name.startswith("imagenet/") else "ssl-pipeline pretrain"
+    assert f"{start} {name}" in text
     data, method = name.split("/")
     if data != "digits":
         paper = yaml.safe_load(PAPER.read_text())["linear_and_knn"][method][data]
