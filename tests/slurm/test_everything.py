@@ -262,3 +262,16 @@ def test_backbones_are_evaluated_beside_the_training(cluster: Cluster, few_digit
     assert results["knn"]["knn5_top1"] == results["knn_epoch_0004"]["knn5_top1"]
     submitted = [event for event in RunFolder(run).events() if event["event"] == "submitted" and "source" in event]
     assert len(submitted) == 4  # each once
+
+
+def test_evaluations_wait_for_a_pretraining_that_is_requeued(cluster: Cluster, few_digits: Path) -> None:
+    run = cluster.folder / "run"
+    resources = ("--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", 5)
+    told = cluster.tell("ssl-pipeline", "experiment", *recipe(few_digits), "--output", run, *resources)
+    jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
+    cluster.until_step(run, 3)
+    cluster.tell("scontrol", "requeue", jobs["pretrain"])
+    assert cluster.wait(jobs["report"], seconds=240) == "COMPLETED"
+    assert {verb: cluster.state(job) for verb, job in jobs.items()} == dict.fromkeys(jobs, "COMPLETED")
+    assert len(starts(run)) == 2
+    assert set(RunFolder(run).read_results()) == {"knn", "linear_probe"}
