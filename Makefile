@@ -27,8 +27,8 @@ test-slow: setup  ## the others
 test-slurm: setup  ## on a real Slurm cluster that is started on this machine; needs root and `make slurm-packages`
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-test-slurm-all: setup  ## all that can happen to a job there, 25 minutes
-	$(BIN)/python -m pytest -m "slurm or slurm_all" tests/slurm
+test-slurm-all: setup  ## the rest of what can happen to a job there, 25 minutes
+	$(BIN)/python -m pytest -m slurm_all tests/slurm
 
 slurm-packages:  ## what the cluster of the tests needs, on Debian
 	apt-get update -qq
