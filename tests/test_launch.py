@@ -242,6 +242,7 @@ def test_a_dry_run_prints_scripts_and_makes_nothing(here: Callable, few_digits: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plan_measures_a_few_steps(
     command: Callable, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +320,7 @@ def test_an_experiment_on_this_machine(command: Callable, few_digits: Path, tmp_
     assert "linear_top1" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_debug_runs_here_and_ends_as_the_verb_does(command: Callable, few_digits: Path) -> None:
     done = command(
         "launch", "pretrain", *SMOKE, f"data.root={few_digits}", "max_steps=1", "--output", "r", "--cluster", "debug"
