@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,7 +145,7 @@ def slurm() -> Iterator[dict[str, str]]:
     if os.geteuid() != 0 or missing:
         end = pytest.fail if os.environ.get("CI") else pytest.skip
         end(f"a Slurm cluster needs root and, from Debian's packages, {', '.join(missing) or 'nothing more'}")
-    state = "/tmp/ssl-pipeline-slurm"
+    state = f"{tempfile.gettempdir()}/ssl-pipeline-slurm"  # short: a socket's path has 107 characters at most
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "CLUSTER_"))}
     environment |= {"CLUSTER_ID": "78", "CLUSTER_STATE": state, **SETTINGS}
     subprocess.run([SCRIPT, "start"], env=environment, check=True, timeout=120)
