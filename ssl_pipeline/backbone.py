@@ -96,6 +96,11 @@ def options_beside(path: Path) -> Options | None:
     return config.validate(Options, values, prefix="backbone.")
 
 
+def named(text: str) -> Options | None:
+    """The options of the network whose weights a name as timm:resnet50.a1_in1k stands for; None where it is no name."""
+    return None
+
+
 def load(path: Path, options: Options) -> nn.Module:
     """The backbone with the weights of a file: ours, or any file with torchvision's names; a classifier `fc` is ignored.
 

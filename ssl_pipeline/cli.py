@@ -144,7 +144,7 @@ def _freeze(name: str, overrides: Sequence[str], output: Path, resources, write:
     import torch
 
     from ssl_pipeline import config
-    from ssl_pipeline.data.index import image_folder
+    from ssl_pipeline.data.index import read_index
     from ssl_pipeline.pretrain import PretrainConfig, consequences
     from ssl_pipeline.run_folder import RunFolder
 
@@ -153,7 +153,7 @@ def _freeze(name: str, overrides: Sequence[str], output: Path, resources, write:
     consequences(options, resources.ranks)
     train = options.data.root / "train"
     if resources.cluster != "slurm":
-        image_folder(train)  # raises here what the job would
+        read_index(train)  # raises here what the job would
         if resources.gpus_per_node and torch.accelerator.current_accelerator(check_available=True) is None:
             raise BadInput(
                 f"--gpus-per-node {resources.gpus_per_node}: torch sees no GPU on this machine; leave it out"

@@ -257,6 +257,16 @@ def gather_values(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def gather_rows(x: Tensor) -> list[Tensor]:
+    """x (N_r, ...) of all ranks, in rank order, with different numbers of rows; without gradient."""
+    counts = gather_values(torch.tensor(len(x))).tolist()
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
 def gather_json(value: Any) -> list[Any]:
     """Plain data of all ranks, in rank order."""
     text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)

@@ -30,6 +30,8 @@ class Options(config.Options):
     """Whether rates are multiplied by batch size / 256 (Goyal et al. 2017)."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of lars and sgd."""
+    nesterov: bool = False
+    """Of sgd."""
     weight_decay: float = Field(1e-6, ge=0)
     exclude_1d: bool = True
     """Whether biases and norms go without weight decay and LARS's adaptation."""
@@ -41,6 +43,8 @@ class Options(config.Options):
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     """Given instead of `warmup_epochs`."""
+    cosine_per: Literal["step", "epoch"] = "step"
+    """How often the cosine moves on; facebookresearch/simsiam and the linear probes take `epoch`."""
     final_factor: float = Field(0.0, ge=0, le=1)
     """Last rate of the cosine as a share of the base rate."""
     drop_epochs: list[int] = [50, 25]
@@ -76,6 +80,8 @@ def rate_factor(options: Options, step: int, steps_per_epoch: int, epochs: int) 
     """Share of the base rate in force during `step`."""
     warmup = warmup_length(options, steps_per_epoch)
     if options.schedule == "cosine":
+        if options.cosine_per == "epoch" and step >= warmup:
+            step = max(step // steps_per_epoch * steps_per_epoch, warmup)
         return warmup_cosine(step, steps_per_epoch * epochs, warmup, options.final_factor)
     drops = options.drop_epochs if options.schedule == "drops" else []
     return warmup_drops(step, warmup, step // steps_per_epoch, epochs, drops, options.drop_factor)
@@ -147,7 +153,8 @@ def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> to
     if options.name == "lars":
         optimizer = LARS(built, options.learning_rate, options.momentum, options.trust_coefficient)
     elif options.name == "sgd":
-        optimizer = torch.optim.SGD(built, options.learning_rate, options.momentum, fused=True)
+        nesterov = options.nesterov
+        optimizer = torch.optim.SGD(built, options.learning_rate, options.momentum, nesterov=nesterov, fused=True)
     elif options.name == "adam":
         optimizer = torch.optim.Adam(built, options.learning_rate, fused=True)
     else:

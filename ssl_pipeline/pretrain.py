@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
-from ssl_pipeline.data.index import Index, image_folder
+from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Loader, require_dali
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.exits import BadInput, Status
@@ -84,7 +84,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     def read_index() -> tuple[Index | None, BadInput | None]:
         require_dali()
         try:
-            index = image_folder(options.data.root / "train")
+            index = read_index(options.data.root / "train")
         except BadInput as error:  # perhaps on this node alone
             return None, error
         require_possible(options, world.size, len(index))
@@ -358,7 +358,7 @@ def _restore(
 def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     """What follows from a config on a number of ranks: batch, steps, rates, parameters, head, views. Runs nothing."""
     root = options.data.root / "train"
-    samples = len(image_folder(root)) if root.is_dir() else None
+    samples = len(read_index(root)) if root.is_dir() else None
     with torch.device("meta"):
         method = build_method(options)
     batch = options.data.batch_size
@@ -403,7 +403,7 @@ def cost(options: PretrainConfig, pictures: int | None = None) -> dict[str, int]
         method = build_method(options)
     root = options.data.root / "train"
     batch = options.data.batch_size
-    samples = len(image_folder(root)) if root.is_dir() else pictures or 0
+    samples = len(read_index(root)) if root.is_dir() else pictures or 0
     steps = samples // batch * options.epochs
     return {
         "checkpoint_bytes": _checkpoint_bytes(method, options),

@@ -20,11 +20,16 @@ from ssl_pipeline.exits import BadInput, StorageFailure
 log = logging.getLogger("ssl_pipeline")
 
 CHANGEABLE = (
+    "data.name",
+    "data.protocol",
+    "data.evaluation_view",
+    "data.labelled_view",
     "data.threads",
     "data.readers",
     "data.prefetch",
     "data.max_bad_fraction",
     "monitor.",
+    "online.",
     "checkpoint.",
     "max_steps",
 )

@@ -1,9 +1,10 @@
-"""What samples there are: the pictures of an image folder, in an order that depends on their names alone."""
+"""What samples there are: the pictures of an image folder or of tar shards, in an order that depends on names alone."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +22,24 @@ class Index:
 
     root: Path
     paths: tuple[str, ...]
-    """Path of each sample, relative to `root`."""
+    """Path of each sample, relative to `root`; within a shard, the shard's name and the member's."""
     labels: np.ndarray
     """(N,) int64: the place of the sample's class in `classes`."""
     classes: tuple[str, ...]
     """Names of the classes, sorted."""
+    spans: np.ndarray | None = None
+    """(N, 2) int64: offset and size, in bytes, of each sample in its shard; None where each is a file of its own."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, sample: int) -> np.ndarray:
         """The encoded bytes of a sample, (size,) uint8. Raises OSError."""
-        return np.fromfile(self.root / self.paths[sample], dtype=np.uint8)
+        if self.spans is None:
+            return np.fromfile(self.root / self.paths[sample], dtype=np.uint8)
+        shard, _, _ = self.paths[sample].partition("/")
+        offset, size = self.spans[sample].tolist()
+        return np.fromfile(self.root / shard, dtype=np.uint8, count=size, offset=offset)
 
     def digest(self) -> str:
         """A short name of the listing: equal where ids mean the same pictures."""
@@ -40,7 +47,13 @@ class Index:
 
     def select(self, samples: np.ndarray) -> Index:
         """The index of some of the samples, in the given order, with ids of its own."""
-        return Index(self.root, tuple(self.paths[i] for i in samples), self.labels[samples], self.classes)
+        spans = None if self.spans is None else self.spans[samples]
+        return Index(self.root, tuple(self.paths[i] for i in samples), self.labels[samples], self.classes, spans)
+
+
+def read_index(root: Path) -> Index:
+    """The index of a folder of class folders, or of one of tar shards. Raises BadInput as `image_folder` and `shards`."""
+    return shards(root) if root.is_dir() and any(root.glob("*.tar")) else image_folder(root)
 
 
 def image_folder(root: Path, *, option: str = "data.root") -> Index:
@@ -67,6 +80,47 @@ def image_folder(root: Path, *, option: str = "data.root") -> Index:
         paths += found
         labels += [label] * len(found)
     return Index(root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(classes))
+
+
+def shards(root: Path) -> Index:
+    """The index of `root/*.tar` in WebDataset's layout: a picture NAME.jpg and its class in NAME.cls, one line of text.
+
+    Classes that are whole numbers are labels as they stand; others are numbered in the order of their sorted names.
+    Raises BadInput where a shard cannot be read or a picture has no class.
+    """
+    paths: list[str] = []
+    spans: list[tuple[int, int]] = []
+    words: list[str] = []
+    for path in sorted(root.glob("*.tar")):
+        found: dict[str, tuple[str, int, int]] = {}
+        classes: dict[str, str] = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    folder, slash, name = member.name.rpartition("/")
+                    key, _, ending = name.partition(".")  # WebDataset's rule: the first dot of the file's name
+                    key = folder + slash + key
+                    if f".{ending.lower()}" in EXTENSIONS:
+                        found[key] = (member.name, member.offset_data, member.size)
+                    elif ending.lower() == "cls":
+                        classes[key] = archive.extractfile(member).read(1000).decode().strip()  # type: ignore[union-attr]
+        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{str(path)!r} is no tar shard that can be read: {error}") from None
+        for key, (name, offset, size) in sorted(found.items()):
+            if key not in classes:
+                raise BadInput(f"{str(path)!r}: picture {name} has no class file {key}.cls beside it")
+            paths.append(f"{path.name}/{name}")
+            spans.append((offset, size))
+            words.append(classes[key])
+    if not paths:
+        raise BadInput(f"the shards in {str(root)!r} hold no pictures with class files")
+    if all(word.isdecimal() for word in words):
+        labels = [int(word) for word in words]
+        names = [str(number) for number in range(max(labels) + 1)]
+    else:
+        names = sorted(set(words))
+        labels = [names.index(word) for word in words]
+    return Index(root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(names), np.asarray(spans, dtype=np.int64))
 
 
 def class_names(root: Path) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,14 +37,21 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 
 class Options(config.Options):
-    """What to train on."""
+    """What to train on, and how it is measured."""
 
+    name: str | None = None
+    """Of the data set, as in the paper's tables: cifar10, imagenet. Not a path."""
     root: Path
     """Folder with train/<class>/<picture> and val/<class>/<picture>."""
     views: list[ViewSpec] = Field(min_length=1)
     """The training views of each picture."""
     evaluation_view: ViewSpec
-    """The one un-augmented view for k-nn and linear probe."""
+    """The one un-augmented view for evaluations."""
+    labelled_view: ViewSpec | None = None
+    """The view for training on labels (linear probe on pictures, fine-tuning). None: random resized crop, with the size,
+    filter and normalisation of `evaluation_view`, and flip."""
+    protocol: Literal["small", "imagenet"] = "small"
+    """Which linear probe is the data set's own: `small`, Adam on features; `imagenet`, SGD on augmented pictures."""
     batch_size: int = Field(gt=0)
     """Pictures in a step, over all ranks."""
     threads: int | None = Field(None, gt=0)
@@ -161,6 +168,11 @@ class Loader:
             return len(self.index) // self.batch_size
         return -(-len(self.index) // self.batch_size)
 
+    def _steps_here(self) -> int:
+        """Steps an epoch in which this rank has a sample; in a pass without shuffling the last one may have too few."""
+        rest = len(self.index) - (len(self) - 1) * self.batch_size
+        return len(self) - (not self.training and rest <= self.world.rank)
+
     # ------------------------------------------------------------------------------------------------------- its state
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch lies, and what is unreadable: the same on all ranks, which must all call it."""
@@ -179,7 +191,7 @@ class Loader:
 
     # -------------------------------------------------------------------------------------------------------- iteration
     def __iter__(self) -> Iterator[Batch]:
-        while self.consumed // self.batch_size < len(self):
+        while self.consumed // self.batch_size < self._steps_here():
             batch = self._take()
             self.consumed += self.batch_size
             yield batch
@@ -252,7 +264,7 @@ class Loader:
             return
         epoch, step = self._next
         self._ahead.append(self._assembler.submit(self._prepare, epoch, step))
-        if step + 1 < len(self):
+        if step + 1 < self._steps_here():
             self._next = (epoch, step + 1)
         else:
             self._next = (epoch + 1, 0) if self.training else None

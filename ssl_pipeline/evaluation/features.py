@@ -1,21 +1,24 @@
-"""Features of a frozen backbone: a run's, any file with torchvision's names, or one at random initialisation."""
+"""Features of a frozen backbone: a run's, any file of weights, a named one, or one at random initialisation."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
-from ssl_pipeline.data.augment import ViewSpec
-from ssl_pipeline.data.index import class_names, image_folder
+from ssl_pipeline.data.augment import CenterCrop, CropResize, Flip, ViewSpec
+from ssl_pipeline.data.index import Index, class_names, read_index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import RunFolder
@@ -26,95 +29,178 @@ log = logging.getLogger("ssl_pipeline")
 class Options(config.Options):
     """Which backbone sees which pictures."""
 
-    weights: Path | None
-    """File of the backbone's weights; None: random initialisation, the one that pretraining with `seed` starts from."""
+    weights: str | None
+    """File of the backbone's weights, or a name as timm:resnet50.a1_in1k; None: random initialisation, the one that
+    pretraining with `seed` starts from."""
     seed: int = 0
     backbone: backbones.Options
     root: Path
-    """Folder with train/<class>/ and val/<class>/."""
+    """Folder with train/<class>/ and val/<class>/, or with tar shards in train/ and val/."""
+    name: str | None = None
+    """Of the data set."""
     view: ViewSpec
     """The un-augmented view."""
+    labelled_view: ViewSpec | None = None
+    """The view for training on labels; None: `crop_and_flip(view)`."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of unreadable pictures at which an evaluation stops; fewer are left out."""
     batch_size: int = Field(256, gt=0)
+    """Pictures at a time, over all ranks; does not matter to the result."""
+    memory: float = Field(12.0, ge=0)
+    """Gigabytes of features that a rank holds in memory; more lie in a temporary file (TMPDIR), mapped into it."""
     threads: int | None = Field(None, gt=0)
     readers: int = Field(4, gt=0)
 
 
 def options(source: Path, values: Mapping[str, Any] | None = None, random_init: bool = False) -> Options:
-    """Options for a run folder or a file of weights.
+    """Options for a run folder, a file of weights, or a name of weights.
 
     `values` are those of a pretraining config, from which backbone, data and evaluation view are taken; by default the
     run's own. A file's backbone may also be described by the JSON beside it. Raises BadInput where something is missing.
     """
     run = RunFolder(source)
-    weights = source
+    weights = str(source)
+    named = backbones.named(weights)
     if source.is_dir():
         values = run.read_config() if values is None else values
-        weights = run.backbone
-        if not random_init and not weights.is_file():
+        weights = str(run.backbone)
+        if not random_init and not run.backbone.is_file():
             raise BadInput(f"{source} has no backbone.pth yet: its first checkpoint writes it")
-    elif not source.is_file():
+    elif named is None and not source.is_file():
         raise BadInput(f"{str(source)!r} is neither a run folder nor a file of weights")
     if values is None:
-        raise BadInput(f"{source} is a bare file of weights: give --config NAME for its data set and evaluation view")
-    described = backbones.options_beside(weights) if not random_init else None
+        raise BadInput(f"{source} is bare weights: give --config NAME for the data set and its evaluation view")
+    described = named or (backbones.options_beside(Path(weights)) if not random_init else None)
     data = config.validate(loader.Options, values.get("data", {}), prefix="data.")
     return Options(
         weights=None if random_init else weights,
         seed=int(values.get("seed", 0)),
         backbone=described or config.validate(backbones.Options, values.get("backbone", {}), prefix="backbone."),
         root=data.root,
+        name=data.name,
         view=data.evaluation_view,
+        labelled_view=data.labelled_view,
         max_bad_fraction=data.max_bad_fraction,
         threads=data.threads,
         readers=data.readers,
     )
 
 
-@torch.no_grad()
-def extract(options: Options, split: str) -> tuple[Tensor, Tensor]:
-    """Features (N, D) float32 of all readable pictures of `split`, in the order of their ids, and labels (N,); on the host.
-
-    The backbone is in evaluation mode; features are neither normalised nor projected.
-    """
-    world = distributed.start()
-    index = image_folder(options.root / split)
-    for other in ("train", "val"):
-        if (options.root / other).is_dir() and class_names(options.root / other) != list(index.classes):
-            raise BadInput(
-                f"{str(options.root / other)!r} and {str(options.root / split)!r} hold different class folders, so their "
-                "labels would not mean the same: give both the same ones"
-            )
+def network(options: Options) -> nn.Module:
+    """The backbone with its weights, on the host, in evaluation mode. Raises BadInput where they do not fit."""
     if options.weights is None:
-        torch.manual_seed(options.seed)
-        network = backbones.build(options.backbone)
-    else:
-        network = backbones.load(options.weights, options.backbone)
-    network = network.to(world.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    pictures = Loader(
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            return backbones.build(options.backbone).eval()
+    return backbones.load(options.weights, options.backbone).eval()
+
+
+def crop_and_flip(view: ViewSpec) -> ViewSpec:
+    """torchvision's RandomResizedCrop and flip in the size, filter and normalisation of an evaluation view."""
+    crops = [op for op in view.ops if isinstance(op, CenterCrop)]
+    interpolation = crops[0].interpolation if crops else "bilinear"
+    crop = CropResize(op="crop_resize", interpolation=interpolation)
+    return ViewSpec(size=view.size, ops=[crop, Flip(op="flip"), view.normalize])
+
+
+def pictures(options: Options, split: str) -> Index:
+    """The labelled pictures of `split`. Raises BadInput where train and val do not have the same classes."""
+    index = read_index(options.root / split)
+    for other in ("train", "val"):
+        folder = options.root / other
+        if other == split or not folder.is_dir():
+            continue
+        names = class_names(folder) if index.spans is None else list(read_index(folder).classes)
+        numbered = index.spans is not None and all(name.isdecimal() for name in [*names, *index.classes])
+        if names != list(index.classes) and not numbered:
+            raise BadInput(
+                f"{str(folder)!r} and {str(options.root / split)!r} hold different classes, so their labels would not mean "
+                "the same: give both the same ones"
+            )
+    return index
+
+
+@dataclass(frozen=True)
+class Features:
+    """This rank's share of a split's features: ids r, r + W, ... in this order, without unreadable pictures."""
+
+    values: Tensor
+    """(n, D) float32 on the host, perhaps mapped from a file; neither normalised nor projected."""
+    labels: Tensor
+    """(n,) int64."""
+    ids: Tensor
+    """(n,) int64, ascending: places in the split's index."""
+    classes: int
+    """Number of classes of the data set."""
+
+    def gathered(self) -> Features:
+        """All ranks' shares on every rank, in the order of the ids. All ranks must call it."""
+        if distributed.world_size() == 1:
+            return self
+        ids = torch.cat(distributed.gather_rows(self.ids))
+        order = ids.argsort()
+        values = torch.cat(distributed.gather_rows(self.values))[order]
+        return Features(values, torch.cat(distributed.gather_rows(self.labels))[order], ids[order], self.classes)
+
+    def select(self, rows: Tensor) -> Features:
+        """Some of the rows."""
+        return Features(self.values[rows], self.labels[rows], self.ids[rows], self.classes)
+
+
+def extract(options: Options, split: str) -> Features:
+    """This rank's features of the readable pictures of `split`. All ranks must call it."""
+    world = distributed.start()
+    index, model = distributed.together(lambda: (pictures(options, split), network(options)))
+    model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return features_of(model, index, options, world)
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, index: Index, options: Options, world: distributed.World) -> Features:
+    """This rank's features of the readable pictures of `index`, by a model in evaluation mode on the rank's device.
+
+    Raises BadInput, on all ranks alike, where too many cannot be read.
+    """
+    data = Loader(
         index,
         [options.view],
-        options.batch_size,
+        max(options.batch_size, world.size),
         seed=0,
-        world=distributed.World(0, 1, 0, 1, world.device),
+        world=world,
         threads=options.threads,
         readers=options.readers,
         training=False,
     )
-    features, labels = [], []
-    for step, batch in enumerate(pictures):
-        itself = torch.from_numpy(
-            batch.ids == pictures.ids(0, step)
-        )  # false where another stands in for an unreadable one
-        found = network(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu()
-        features.append(found[itself])
-        labels.append(batch.labels.cpu()[itself])
-    if len(pictures.bad) > options.max_bad_fraction * len(index):
+    count = len(range(world.rank, len(index), world.size))
+    values: Tensor | None = None
+    labels = torch.empty(count, dtype=torch.int64)
+    ids = torch.empty(count, dtype=torch.int64)
+    filled = 0
+    for step, batch in enumerate(data):
+        wanted = data.ids(0, step)
+        itself = torch.from_numpy(batch.ids == wanted)  # false where another stands in for an unreadable one
+        found = model(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu()[itself]
+        if values is None:
+            values = _room(count, found.shape[1], options.memory)
+        rows = slice(filled, filled + len(found))
+        values[rows], labels[rows], ids[rows] = found, batch.labels.cpu()[itself], torch.from_numpy(wanted)[itself]
+        filled += len(found)
+    bad = len(data.all_bad())
+    if bad > options.max_bad_fraction * len(index):
         raise BadInput(
-            f"of {len(index)} pictures in {str(options.root / split)!r} more than data.max_bad_fraction = "
-            f"{options.max_bad_fraction} cannot be read: mend them or raise it; {pictures.bad_summary()}"
+            f"{bad} of {len(index)} pictures in {str(index.root)!r}, more than data.max_bad_fraction = "
+            f"{options.max_bad_fraction}, cannot be read: mend them or raise it; on this rank {data.bad_summary()}"
         )
-    if pictures.bad:
-        log.warning("%s is measured without %d of %d pictures", options.root / split, len(pictures.bad), len(index))
-    return torch.cat(features), torch.cat(labels)
+    if bad and world.is_main:
+        log.warning("%s is measured without %d of %d pictures", index.root, bad, len(index))
+    if values is None:  # more ranks than pictures
+        values = torch.empty(0, backbones.width(model))
+    return Features(values[:filled], labels[:filled], ids[:filled], len(index.classes))
+
+
+def _room(rows: int, columns: int, gigabytes: float) -> Tensor:
+    """An empty (rows, columns) float32 tensor in memory, or in a temporary file where that would be more."""
+    if rows * columns * 4 <= gigabytes * 1e9:
+        return torch.empty(rows, columns)
+    with tempfile.TemporaryFile(prefix="features-") as file:  # the mapping outlives the name
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, columns)))  # type: ignore[call-overload]
