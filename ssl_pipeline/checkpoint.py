@@ -11,6 +11,7 @@ checked first.
     optimizer   its state dict;  scaler: the fp16 loss scale's
     loader      (epoch, samples consumed, unreadable ids)
     monitor     sums since the last logged step
+    online      the online probe and its optimizer
     random      torch's generator states, a row a rank
     method, versions    names, for messages
 """

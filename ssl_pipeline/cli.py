@@ -9,12 +9,19 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ssl_pipeline import __version__, preemption
 from ssl_pipeline.exits import BadInput, Status, Stop
 
+if TYPE_CHECKING:
+    from ssl_pipeline.run_folder import RunFolder
+
 Verb = Callable[[argparse.Namespace], int]
+
+RESUMED = ("pretrain", "linear-probe", "semi-supervised")  # as in launch, which --help does not wait for
 
 
 # --------------------------------------------------------------------------------------------------------------- verbs
@@ -51,24 +58,99 @@ def show_config(args: argparse.Namespace) -> int:
     return Status.DONE
 
 
-def _evaluated(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    """The features' options of an evaluation verb, and the results folder's run (None for a bare file)."""
-    from ssl_pipeline import config
-    from ssl_pipeline.evaluation import features
+@dataclass(frozen=True)
+class _Evaluation:
+    """What an evaluation verb's command line comes to."""
 
-    values = None
+    features: Any
+    """evaluation.features.Options"""
+    into: RunFolder | None
+    """Whose results/ it writes to; None: it only prints."""
+    name: str
+    """Of its result's file."""
+    recipe: Any = None
+    protocol: str = ""
+    preset: str = ""
+    semi_supervised: Any = None
+    """evaluation.semi_supervised.Options"""
+
+
+def _evaluation(args: argparse.Namespace) -> _Evaluation:
+    """All that can be checked of an evaluation before it runs has been. Raises BadInput."""
+    from ssl_pipeline import config
+    from ssl_pipeline.evaluation import features, linear, logistic, probe, semi_supervised
+    from ssl_pipeline.run_folder import RunFolder
+
     run = _run_of(args.source)
+    own = [text.removeprefix("recipe.") for text in args.overrides if text.startswith("recipe.")]
+    rest = [text for text in args.overrides if not text.startswith("recipe.")]
+    tree = None
     if args.config is not None:
-        values = config.load(args.config, args.overrides).values
+        tree = config.load(args.config, rest)
     elif run is not None:
         tree = config.Tree()
         tree.merge(run.read_config(), str(run.config))
-        config.apply_overrides(tree, args.overrides)
-        values = tree.values
-    return features.options(args.source, values, args.random_init), run
+        config.apply_overrides(tree, rest)
+    source = features.options(args.source, tree.values if tree else None, args.random_init)
+    values: Any = tree.values if tree else {}
+    if args.data is not None:
+        if not args.data.is_dir():
+            raise BadInput(
+                f"--data {str(args.data)!r} is no folder: give one laid out as train/<class>/ and val/<class>/"
+            )
+        source = source.model_copy(update={"root": args.data, "name": args.data.absolute().name})
+    into = RunFolder(args.output) if args.output else run
+    verb = args.verb.replace("-", "_")
+    end = ("_random_init" if args.random_init else "") + (f"_{args.source.stem}" if args.source.is_file() else "")
+    end += f"@{source.name}" if args.data is not None else ""
+    if args.verb == "knn":
+        if own:
+            raise BadInput(f"knn has no recipe.{own[0]}: it takes --k and --temperature")
+        return _Evaluation(source, into, verb + end)
+
+    def recipe(model, folder, preset):  # type: ignore[no-untyped-def]
+        tree = config.Tree()
+        if preset:
+            known = config.presets(folder)
+            if not Path(preset).is_file() and preset not in known:
+                raise BadInput(f"no preset {preset!r} of {args.verb}: neither a file nor one of {', '.join(known)}")
+            tree = config.load(preset if Path(preset).is_file() else f"{folder}/{preset}")
+        config.apply_overrides(tree, own)
+        return config.validate(model, tree.values, tree, prefix="recipe.")
+
+    if args.verb == "linear-probe":
+        usual = "logistic" if args.data is not None else values.get("data", {}).get("protocol", "small")
+        protocol = args.protocol or usual
+        verb += f"_{protocol}" if protocol != usual else ""
+        if protocol != "imagenet":
+            if args.preset:
+                raise BadInput(f"--preset is for the protocol imagenet, and this is {protocol}: leave it out")
+            made = recipe({"small": linear.Recipe, "logistic": logistic.Recipe}[protocol], None, None)
+            return _Evaluation(source, into, verb + end, made, protocol)
+        folder = "_evaluation/linear_probe"
+        method = values.get("method", {}).get("name")
+        preset = args.preset or (method if method in config.presets(folder) else "barlow_twins")
+        found = _Evaluation(source, into, verb + end, recipe(probe.Recipe, folder, preset), protocol, preset)
+    else:
+        folder = "_evaluation/semi_supervised"
+        preset = args.preset or "barlow_twins"
+        if f"{preset}_{args.percent:g}percent" in config.presets(folder):
+            preset = f"{preset}_{args.percent:g}percent"
+        made = recipe(semi_supervised.Recipe, folder, preset)
+        options = config.validate(
+            semi_supervised.Options,
+            {"features": source, "percent": args.percent, "list_path": args.list, "sweep": args.sweep},
+        )
+        if options.list_path is None:
+            semi_supervised.known_list(source.name, args.percent)
+        name = f"semi_supervised_{args.percent:g}percent{'_sweep' if args.sweep else ''}{end}"
+        found = _Evaluation(source, into, name, made, "", preset, options)
+    if into is None:
+        raise BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
+    return found
 
 
-def _run_of(source: Path):  # type: ignore[no-untyped-def]
+def _run_of(source: Path) -> RunFolder | None:
     """The run that a folder is, or that a bare backbone RUN/backbones/epoch_0100.pth belongs to; None for other files."""
     from ssl_pipeline.run_folder import RunFolder
 
@@ -78,14 +160,32 @@ def _run_of(source: Path):  # type: ignore[no-untyped-def]
     return run if source.absolute().parent == run.backbones and run.config.is_file() else None
 
 
-def _report(args: argparse.Namespace, run, features, name: str, result: dict[str, float]) -> int:  # type: ignore[no-untyped-def]
-    name = f"{name}_random_init" if args.random_init else name
-    name = f"{name}_{args.source.stem}" if args.source.is_file() else name
+def _begin(args: argparse.Namespace) -> _Evaluation:
+    """Join the other ranks, of which only the main one is heard, and see what is asked."""
+    from ssl_pipeline import distributed
+
+    if not distributed.start().is_main:
+        logging.getLogger("ssl_pipeline").setLevel(logging.WARNING)
+    return distributed.together(lambda: _evaluation(args))
+
+
+def _tell(args: argparse.Namespace, asked: _Evaluation, result: dict[str, Any]) -> int:
+    """Print a result and write it into RUN/results, on the main rank."""
+    from ssl_pipeline import distributed
+
+    if distributed.rank() != 0:
+        return Status.DONE
     for key, value in result.items():
-        print(f"{key}: {value:.2f} %")
-    if run is not None:
-        measured = {"weights": str(features.weights), "data_root": str(features.root)}
-        print(f"written to {run.write_result(name, {**result, **measured})}")
+        if isinstance(value, (int, float, str)):
+            print(f"{key}: {value:.2f} %" if key.endswith(("_top1", "_top5")) else f"{key}: {value}")
+    if asked.into is not None:
+        into = asked.into
+        if not into.config.is_file():  # a folder for a backbone that is no run of ours
+            backbone = asked.features.backbone.model_dump(mode="json")
+            data = {"name": asked.features.name, "root": str(asked.features.root)}
+            into.describe({"method": {"name": str(args.source)}, "backbone": backbone, "data": data})
+        measured = {"weights": asked.features.weights, "data_root": str(asked.features.root)}
+        print(f"written to {into.write_result(asked.name, {**result, **measured})}")
     return Status.DONE
 
 
@@ -94,27 +194,49 @@ def knn(args: argparse.Namespace) -> int:
     from ssl_pipeline import config
     from ssl_pipeline.evaluation import knn
 
-    features, run = _evaluated(args)
-    options = config.validate(knn.Options, {"features": features, "k": args.k, "temperature": args.temperature})
-    return _report(args, run, features, "knn", knn.run(options))
+    asked = _begin(args)
+    options = config.validate(knn.Options, {"features": asked.features, "k": args.k, "temperature": args.temperature})
+    return _tell(args, asked, knn.run(options))
 
 
 def linear_probe(args: argparse.Namespace) -> int:
-    """accuracy of a linear classifier on a frozen backbone's features (small-data protocol)"""
-    from ssl_pipeline import config
-    from ssl_pipeline.evaluation import linear
+    """accuracy of a linear classifier on a frozen backbone, by the protocol of the data set"""
+    from ssl_pipeline.evaluation import features, linear, logistic, probe
 
-    features, run = _evaluated(args)
-    options = config.validate(linear.Options, {"features": features, "epochs": args.epochs, "seed": args.seed})
-    return _report(args, run, features, "linear_probe", linear.run(options))
+    asked = _begin(args)
+    if asked.protocol == "imagenet":
+        assert asked.into is not None
+        return _tell(args, asked, probe.run(asked.features, asked.recipe, asked.preset, asked.into.path))
+    if args.signals:
+        preemption.stop_at_signals()  # nothing to save: it starts anew
+    train, test = features.extract(asked.features, "train"), features.extract(asked.features, "val")
+    evaluate = linear.evaluate if asked.protocol == "small" else logistic.evaluate
+    return _tell(args, asked, {**evaluate(asked.recipe, train, test), "protocol": asked.protocol})
+
+
+def semi_supervised(args: argparse.Namespace) -> int:
+    """accuracy after fine-tuning on 1 % or 10 % of the labels"""
+    from ssl_pipeline import distributed
+    from ssl_pipeline.evaluation import semi_supervised
+
+    asked = _begin(args)
+    assert asked.into is not None
+    result, names = semi_supervised.run(asked.semi_supervised, asked.recipe, asked.preset, asked.into.path)
+    if distributed.rank() == 0:
+        listing = asked.into.results / f"{asked.name}.txt"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        result["labelled_list"] = str(listing)
+    return _tell(args, asked, result)
 
 
 def report(args: argparse.Namespace) -> int:
-    """write RUN/report.html: results, loss, views"""
-    from ssl_pipeline.evaluation.report import of_run
+    """write report.html and report.md: results of one run or several, beside the paper's tables"""
+    from ssl_pipeline.evaluation import report
     from ssl_pipeline.run_folder import RunFolder
 
-    print(of_run(RunFolder(args.run)))
+    for path in report.write([RunFolder(run) for run in args.runs], args.output):
+        print(path)
     return Status.DONE
 
 
@@ -174,11 +296,11 @@ def launch(args: argparse.Namespace) -> int:
 
     resources = _resources(args)
     inner = _parse(args.words)
-    if inner.verb not in (*launch.EVALUATIONS, "pretrain", "report"):
-        raise BadInput(f"{inner.verb!r} is no job; launch pretrain, report, {', '.join(launch.EVALUATIONS)}")
-    if inner.verb != "pretrain" and resources.ranks > 1:
-        raise BadInput(f"{inner.verb} is one process: give --nodes 1 and at most --gpus-per-node 1")
-    source = inner.output if inner.verb == "pretrain" else inner.run if inner.verb == "report" else inner.source
+    if inner.verb not in (*launch.VERBS, "pretrain", "report"):
+        raise BadInput(f"{inner.verb!r} is no job; launch pretrain, report, {', '.join(launch.VERBS)}")
+    if inner.verb == "report" and resources.ranks > 1:
+        raise BadInput("report is one process: give --nodes 1 and at most --gpus-per-node 1")
+    source = inner.output if inner.verb == "pretrain" else inner.runs[0] if inner.verb == "report" else inner.source
     variants = _variants(args.array)
     if variants and inner.verb != "pretrain":
         raise BadInput("--array varies the options of pretraining")
@@ -200,9 +322,11 @@ def launch(args: argparse.Namespace) -> int:
         if inner.verb == "report":
             RunFolder(source).read_config()
         else:
-            _evaluated(inner)  # raises here what the job would raise hours later
+            asked = _evaluation(inner)  # raises here what the job would raise hours later
+            if asked.recipe is not None and resources.ranks > 1 and hasattr(asked.recipe, "batch_size"):
+                _require_divisible(asked.recipe.batch_size, resources.ranks)
         runs = [run] if (run := _run_of(source)) is not None else []
-        folder = (runs[0].path if runs else source.parent) / "logs"
+        folder = (runs[0].path if runs else getattr(inner, "output", None) or source.parent) / "logs"
         jobs = [launch.Job(args.words)]
     if args.dry_run:
         for job in jobs:
@@ -213,6 +337,11 @@ def launch(args: argparse.Namespace) -> int:
     submitted = launch.submit(jobs, resources, inner.verb, folder, runs[0] if runs else None, **recorded)
     print(launch.follow(submitted, resources, folder, runs))
     return Status.DONE
+
+
+def _require_divisible(batch: int, ranks: int) -> None:
+    if batch % ranks:
+        raise BadInput(f"recipe.batch_size = {batch} cannot be divided by {ranks} processes: ask for another number")
 
 
 def requeue(args: argparse.Namespace) -> int:
@@ -237,7 +366,7 @@ def _variants(array: str | None) -> list[str]:
 
 def experiment(args: argparse.Namespace) -> int:
     """submit pretraining and, depending on it, every evaluation and the report"""
-    from ssl_pipeline import launch
+    from ssl_pipeline import config, launch
 
     resources = _resources(args)
     if args.every is not None and args.every < 1:
@@ -246,7 +375,8 @@ def experiment(args: argparse.Namespace) -> int:
         raise BadInput("--every needs jobs beside the training: give --cluster slurm or local")
     overrides = [*args.overrides, *([f"checkpoint.backbone_every_epochs={args.every}"] if args.every else [])]
     run = _freeze(args.config, overrides, args.output, resources, write=not args.dry_run)
-    print(launch.experiment(run, resources, every=bool(args.every), dry_run=args.dry_run))
+    data = config.load(args.config, overrides).values.get("data", {})
+    print(launch.experiment(run, resources, data, every=bool(args.every), dry_run=args.dry_run))
     return Status.DONE
 
 
@@ -319,18 +449,32 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--explain", action="store_true", help="every value with the file that it came from")
     verb.add_argument("--ranks", type=int, default=1, help="number of processes to compute the per-rank batch for")
 
-    for name, action in (("knn", knn), ("linear-probe", linear_probe)):
+    for name, action in (("knn", knn), ("linear-probe", linear_probe), ("semi-supervised", semi_supervised)):
         verb = add(name, action)
-        verb.add_argument("source", type=Path, help="a run folder, or a file of weights by torchvision's names")
+        verb.add_argument("source", type=Path, help="a run folder, a file of weights, or timm:NAME or torchvision:NAME")
         add_overrides(verb)
-        verb.add_argument("--config", help="config with data, evaluation view and backbone, for a bare file of weights")
+        verb.add_argument("--config", help="config with data set and evaluation view, for a source that is no run")
         verb.add_argument("--random-init", action="store_true", help="the same backbone before any training")
+        verb.add_argument("--data", type=Path, metavar="FOLDER", help="another labelled data set, with train/ and val/")
+        verb.add_argument("--output", type=Path, metavar="FOLDER", help="where results and state go (default: the run)")
         if action is knn:
             verb.add_argument("--k", type=int, default=5, help="neighbours of the majority vote (default 5)")
             verb.add_argument("--temperature", type=float, default=0.07, help="of the weighted vote (default 0.07)")
+        elif action is linear_probe:
+            verb.add_argument(
+                "--protocol",
+                choices=("small", "imagenet", "logistic"),
+                help="small: Adam on features; imagenet: SGD on crops and flips; logistic: L-BFGS on features "
+                "(default: the data set's own, logistic with --data)",
+            )
+            verb.add_argument(
+                "--preset", help="of the protocol imagenet: a method's name or a YAML file (default: the run's)"
+            )
         else:
-            verb.add_argument("--epochs", type=int, default=500, help="default 500")
-            verb.add_argument("--seed", type=int, default=0, help="of initial weights and order (default 0)")
+            verb.add_argument("--percent", type=float, required=True, help="of train that keeps its labels: 1 or 10")
+            verb.add_argument("--list", type=Path, metavar="FILE", help="names of the labelled pictures, one a line")
+            verb.add_argument("--preset", help="a method's name or a YAML file (default barlow_twins)")
+            verb.add_argument("--sweep", action="store_true", help="choose the rates on a held-out part of the labels")
 
     def add_resources(verb: argparse.ArgumentParser) -> None:
         group = verb.add_argument_group("resources of the job")
@@ -368,8 +512,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add("requeue", requeue)
 
-    for name, action in (("status", status), ("report", report)):
-        add(name, action).add_argument("run", type=Path, metavar="RUN")
+    add("status", status).add_argument("run", type=Path, metavar="RUN")
+    verb = add("report", report)
+    verb.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    verb.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run; of several runs, this folder")
 
     verb = add("prepare-data", prepare_data)
     verb.add_argument("name", help="digits, cifar10, cifar100 or folder")
@@ -405,8 +551,9 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     """Run a verb; returns the exit status. `signals`: answer SIGTERM, SIGUSR1 and SIGUSR2, ending with status 75."""
     args = _parse(arguments)
     before = {number: signal.getsignal(number) for number in preemption.SLURM_SIGNALS}
+    args.signals = signals
     if signals:
-        (preemption.note_signals if args.verb == "pretrain" else preemption.stop_at_signals)()
+        (preemption.note_signals if args.verb in RESUMED else preemption.stop_at_signals)()
     log = logging.getLogger("ssl_pipeline")
     if not log.handlers:  # our own logger's, not the root's: other libraries' messages stay theirs
         log.addHandler(logging.StreamHandler())
@@ -426,7 +573,7 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     except BrokenPipeError:
         return int(Status.DONE)
     finally:
-        if signals and args.verb != "pretrain":
+        if signals and args.verb not in RESUMED:
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.run_folder import RunFolder, checkpoint_file, duration, read_lines, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
@@ -99,6 +101,24 @@ def _exclude(job: str, nodes: Sequence[str]) -> None:
     log.error("Slurm did not take %s as nodes to exclude from job %s", ",".join(nodes), job)
 
 
+def require_progress(events: Sequence[Mapping[str, Any]]) -> None:
+    """Raises BadInput where this job was stopped within a minute ten times in a row: it would go on so for ever."""
+    job = job_id()
+    stops = []
+    began = None
+    for event in events:
+        if event.get("event") == "start":
+            began = event if event.get("job") == job else None
+        elif event.get("event") == "end" and began is not None:
+            seconds = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(began["time"])
+            stops.append(event["status"] == Status.STOPPED and seconds.total_seconds() < 60)
+    if job is not None and len(stops) >= 10 and all(stops[-10:]):
+        raise BadInput(
+            f"job {job} was stopped within a minute of its start ten times in a row: where that is not preemption, its --time "
+            "is not longer than the lead of its --signal; give it more time or a shorter lead and submit it again"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------------- status
 def status(run: RunFolder) -> str:
     """How a run stands, from its folder and from Slurm: state, progress, speed, restarts, age of the last checkpoint."""
@@ -108,7 +128,7 @@ def status(run: RunFolder) -> str:
     last = all_starts[-1] if all_starts else None
     starts = [event for event in all_starts if event["step"] < event["steps"]]  # not those that found it finished
     saved = saved_steps(run.checkpoints)
-    metrics = read_lines(run.metrics)
+    metrics = [row for row in read_lines(run.metrics) if "loss" in row]
     lines = [f"{run.path}: {_state(run, events, last, saved)}"]
     if last and metrics:
         row = metrics[-1]

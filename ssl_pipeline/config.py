@@ -147,6 +147,12 @@ def packaged_names() -> list[str]:
     return sorted(name for name in files if not any(part.startswith("_") for part in name.split("/")))
 
 
+def presets(folder: str) -> list[str]:
+    """Names of the packaged recipes in a folder of configs/."""
+    files = sorted((packaged_configs() / folder).glob("*.yaml"))
+    return [path.stem for path in files if not path.stem.startswith("_")]
+
+
 def find(name: str) -> Path:
     """The file of a config given as a path or as a packaged name. Raises BadInput with the nearest names."""
     for candidate in (Path(name), packaged_configs() / f"{name}.yaml"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ssl_pipeline import config
 from ssl_pipeline.data.prepare import prepare
@@ -16,14 +17,6 @@ from ssl_pipeline.run_folder import RunFolder
 
 DRAWS = 5
 """Draws of labelled examples over which the few-label probes are averaged."""
-
-COLUMNS = {
-    "knn5": "5-nn",
-    "linear": "linear, all labels",
-    "linear_1_per_class": "linear, 1 label a class",
-    "linear_10_per_class": "linear, 10 labels a class",
-}
-
 
 def demo(method: str, output: Path, data: Path) -> Status:
     """Pretrain `method` + SparseHead on the digits, measure it beside its random initialisation, write a report."""
@@ -39,19 +32,13 @@ def demo(method: str, output: Path, data: Path) -> Status:
         "pretrained": _measure(features.options(output)),
     }
     path = run.write_result("summary", summary)
-    rows = {
-        "random initialisation": [summary["random_init"][key] for key in COLUMNS],
-        "pretrained": [summary["pretrained"][key] for key in COLUMNS],
-    }
-    columns = ["accuracy, %", *COLUMNS.values()]
     note = (
         "A frozen backbone on 360 held-out handwritten digits (scikit-learn). Few-label columns are means over "
         f"{DRAWS} draws of the labelled examples. One seed."
     )
-    page = report.write(run, f"{method} + SparseHead on handwritten digits", columns, rows, note)
-    print("  ".join(columns))
-    for name, values in rows.items():
-        print(f"{name}: " + "  ".join(f"{value:.1f}" for value in values))
+    page, *_ = report.write([run], title=f"{method} + SparseHead on handwritten digits", note=note)
+    for name, values in summary.items():
+        print(f"{name}: " + "  ".join(f"{key} {value:.1f}" for key, value in values.items()))
     print(
         f"report: {page}   numbers: {path}   backbone: {run.backbone}   curves: tensorboard --logdir {run.tensorboard}"
     )
@@ -59,20 +46,18 @@ def demo(method: str, output: Path, data: Path) -> Status:
 
 
 def _measure(source: features.Options) -> dict[str, float]:
-    train, train_labels = features.extract(source, "train")
-    test, test_labels = features.extract(source, "val")
-    probe = linear.Options(features=source)
+    train, test = features.extract(source, "train"), features.extract(source, "val")
+    probe = linear.Recipe()
     result = {
-        "knn5": knn.evaluate(train, train_labels, test, test_labels)["knn5_top1"],
-        "linear": linear.evaluate(probe, train, train_labels, test, test_labels)["linear_top1"],
+        "knn5": knn.evaluate(train, test)["knn5_top1"],
+        "linear": linear.evaluate(probe, train, test)["linear_top1"],
     }
     for count in (1, 10):
         scores = []
         for draw in range(DRAWS):
-            order = generator(draw, Purpose.PROBE, 0).permutation(len(train))
-            chosen = np.concatenate(
-                [[i for i in order if train_labels[i] == label][:count] for label in train_labels.unique()]
-            )
-            scores.append(linear.evaluate(probe, train[chosen], train_labels[chosen], test, test_labels)["linear_top1"])
+            order = generator(draw, Purpose.PROBE, 0).permutation(len(train.labels))
+            chosen = torch.cat([torch.tensor([i for i in order if train.labels[i] == label][:count])
+                                for label in train.labels.unique()])  # fmt: skip
+            scores.append(linear.evaluate(probe, train.select(chosen), test)["linear_top1"])
         result[f"linear_{count}_per_class"] = float(np.mean(scores))
     return result

@@ -267,6 +267,13 @@ def gather_rows(x: Tensor) -> list[Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks the buffers of the main one."""
+    if dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather_json(value: Any) -> list[Any]:
     """Plain data of all ranks, in rank order."""
     text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -359,12 +366,14 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     return _global_batch_norm(module) if device.type == "cpu" else convert_sync_batchnorm(module)
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` on its device, with batch norm over all ranks and gradients averaged over them.
+def wrap(module: nn.Module, device: torch.device, synchronise: bool = True) -> nn.Module:
+    """`module` on its device, with batch norm over all ranks (unless not to `synchronise`) and gradients averaged.
 
     Buffers are not broadcast: the statistics of synchronised batch norm are equal on all ranks by construction.
     """
-    module = synchronise_batch_norm(module.to(device), device)
+    module = module.to(device)
+    if synchronise:
+        module = synchronise_batch_norm(module, device)
     if dist.get_world_size() == 1:
         return module
     # torch 2.14 renamed the option and warns of the old name.

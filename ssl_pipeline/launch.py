@@ -1,8 +1,8 @@
 """Jobs by submitit, on Slurm or on this machine: any verb, a whole experiment, and its plan.
 
 What a job runs is the same `ssl-pipeline VERB ...` as by hand, so there is one code path; its pickle holds these words and
-nothing else. submitit's way to checkpoint (in a signal handler, on rank 0) serves evaluations, which have nothing to save.
-Pretraining replaces submitit's handlers by its own: all ranks save together at a step boundary, then rank 0 requeues.
+nothing else. submitit's way to checkpoint (in a signal handler, on rank 0) serves k-nn and the report, which save nothing.
+What trains replaces submitit's handlers by its own: all ranks save together at a step boundary, then rank 0 requeues.
 
 Nothing here imports torch: until a job has been unpickled nobody listens to signals, and that must not take seconds.
 """
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,20 @@ from ssl_pipeline.run_folder import RunFolder, duration, read_lines
 
 log = logging.getLogger("ssl_pipeline")
 
-EVALUATIONS = ("knn", "linear-probe")
-"""Evaluations of an experiment, each on one task."""
+EVALUATIONS = {
+    "knn": ["knn", "{source}"],
+    "linear-probe": ["linear-probe", "{source}"],
+    "semi-supervised-1": ["semi-supervised", "{source}", "--percent", "1"],
+    "semi-supervised-10": ["semi-supervised", "{source}", "--percent", "10"],
+}
+"""Evaluations of an experiment, by the name of their job; {source} stands for the run or a bare backbone of it."""
 
-HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "report": 1}
+VERBS = tuple(dict.fromkeys(words[0] for words in EVALUATIONS.values()))
+
+RESUMED = ("pretrain", "linear-probe", "semi-supervised")
+"""Verbs that answer a signal at a step boundary, save, and go on in the next slot."""
+
+HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "semi-supervised": 4, "report": 1}
 """Of one slot, where no --time is given."""
 
 _UNLIMITED = 10**6
@@ -67,14 +77,14 @@ class Resources(config.Options):
     """Seconds before the time limit at which all is saved and the job requeued; by default 300, or a fifth of `time`."""
 
     def sized(self, verb: str) -> Resources:
-        """With a time limit; for an evaluation, which starts anew in each slot, with a lead that submitit counts.
+        """With a time limit; for k-nn, which starts anew in each slot, with a lead that submitit counts.
 
         submitit takes a signal that comes before the last fifth, or ten minutes, of a slot for a preemption, after which an
         evaluation may start again as often as it likes. Raises BadInput where the lead is longer.
         """
         time = self.time or f"{HOURS[verb]}:00:00"
         sized = config.validate(Resources, {**self.model_dump(), "time": time})
-        if verb != "pretrain" and sized.lead > max(600, 12 * minutes(time)):
+        if verb not in RESUMED and sized.lead > max(600, 12 * minutes(time)):
             raise BadInput(f"--signal-lead {sized.lead} is too long for {verb} in a slot of {time}: leave it out")
         return sized
 
@@ -146,10 +156,10 @@ class Job:
         here = submitit.JobEnvironment()
         if here.cluster == "local" and here.num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        pretrains = self.words[0] == "pretrain"
+        resumed = self.words[0] in RESUMED
         watcher = _Beside(self) if self.beside and here.global_rank == 0 else None
-        # Pretraining's own handlers replace submitit's; an evaluation keeps submitit's, which requeue it by checkpoint().
-        status = cli.main(self.words, signals=pretrains)
+        # What saves at a signal replaces submitit's handlers; k-nn keeps them, which requeue it by checkpoint().
+        status = cli.main(self.words, signals=resumed)
         if status == Status.STOPPED and here.cluster == "slurm" and here.global_rank == 0:
             cluster.requeue()
         if watcher:
@@ -327,7 +337,7 @@ def submit(
         verb = jobs[0].words[0]
         resources = resources.sized(verb)
         # An evaluation starts anew in each slot: in too short a one it would do so for ever.
-        timeouts = _UNLIMITED if verb == "pretrain" else 3
+        timeouts = _UNLIMITED if verb in RESUMED else 3
         if cluster.ask("sinfo", "-h") is None:
             raise BadInput("no Slurm answers here: submit on a machine of the cluster, or give --cluster local")
         executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
@@ -371,46 +381,51 @@ def follow(submitted: Sequence[Any], resources: Resources, folder: Path, runs: S
 
 # ------------------------------------------------------------------------------------------------------- an experiment
 def experiment(
-    run: RunFolder, resources: Resources, *, every: bool = False, evaluations: Sequence[str] = tuple(EVALUATIONS),
-    dry_run: bool = False,
-) -> str:  # fmt: skip
+    run: RunFolder, resources: Resources, data: Mapping[str, Any], *, every: bool = False, dry_run: bool = False
+) -> str:
     """Submit pretraining (its config lies in the run folder) and, depending on it, every evaluation and the report.
 
-    A failed evaluation blocks no other. With `every`, evaluations of the bare backbones that pretraining
-    keeps (checkpoint.backbone_every_epochs) are submitted as they appear.
+    `data` is the config's section of that name. A failed evaluation blocks no other. With `every`, k-nn and linear probes
+    of the bare backbones that pretraining keeps (checkpoint.backbone_every_epochs) are submitted as they appear.
     Returns what was submitted, to be printed.
     """
     folder = run.path / "logs"
-    beside = (
-        [["launch", verb, "{backbone}", *_flags(_one_task(resources, verb))] for verb in evaluations] if every else []
-    )
+    evaluations, lines = _possible(run, data.get("name"))
+
+    def needs(name: str, dependency: str | None = None) -> Resources:
+        return _beside(resources, EVALUATIONS.get(name, [name])[0], data.get("protocol"), dependency)
+
+    beside = []
+    if every:
+        beside = [
+            ["launch", *_of(name, "{backbone}"), *_flags(needs(name))] for name in evaluations if "semi" not in name
+        ]
     train = pretraining(run, beside)
     if dry_run:
         parts = [("pretrain", resources.sized("pretrain"))]
-        parts += [(verb, _one_task(resources, verb, "afterok:PRETRAIN")) for verb in evaluations]
-        parts.append(("report", _one_task(resources, "report", "afterany:EVALUATIONS")))
-        found = [f"# ---- {name}\n{script(needs, name, folder)}" for name, needs in parts]
+        parts += [(name, needs(name, "afterok:PRETRAIN")) for name in evaluations]
+        parts.append(("report", needs("report", "afterany:EVALUATIONS")))
+        found = [f"# ---- {name}\n{script(asked, name, folder)}" for name, asked in parts]
         found += [
             f"# ---- beside the training, for each backbone kept\n# ssl-pipeline {shlex.join(words)}"
             for words in beside
         ]
-        return "\n".join([f"# ssl-pipeline {shlex.join(train.words)}", *found])
+        return "\n".join([f"# ssl-pipeline {shlex.join(train.words)}", *(f"# {line}" for line in lines), *found])
     if resources.cluster != "slurm":
-        return _one_after_the_other(train, run, resources, evaluations)
+        return "\n".join([*lines, _one_after_the_other(train, run, resources, evaluations, needs)])
     submitted = submit([train], resources, "pretrain", folder, run)
     first = submitted[0].job_id
-    lines = [f"{first}  pretrain"]
+    lines.append(f"{first}  pretrain")
     ids = []
     try:
-        for verb in evaluations:
-            (job,) = submit(
-                [Job([verb, str(run.path)])], _one_task(resources, verb, f"afterok:{first}"), verb, folder, run
-            )
+        for name in evaluations:
+            words = _of(name, str(run.path))
+            (job,) = submit([Job(words)], needs(name, f"afterok:{first}"), name, folder, run)
             ids.append(job.job_id)
-            again = shlex.join(["ssl-pipeline", "launch", verb, str(run.path), *_flags(_one_task(resources, verb))])
-            lines.append(f"{job.job_id}  {verb}, after {first}; again alone: {again}")
+            again = shlex.join(["ssl-pipeline", "launch", *words, *_flags(needs(name))])
+            lines.append(f"{job.job_id}  {name}, after {first}; again alone: {again}")
         after = ":".join(["afterany", *ids]) if ids else f"afterok:{first}"
-        (page,) = submit([Job(["report", str(run.path)])], _one_task(resources, "report", after), "report", folder, run)
+        (page,) = submit([Job(["report", str(run.path)])], needs("report", after), "report", folder, run)
     except BadInput as error:
         raise BadInput(
             f"{error}; already submitted: {' '.join([first, *ids])} (scancel them, or let them run)"
@@ -419,13 +434,38 @@ def experiment(
     return "\n".join([*lines, follow(submitted, resources, folder, [run])])
 
 
-def _one_task(resources: Resources, verb: str, dependency: str | None = None) -> Resources:
-    """What an evaluation, or the report, asks for beside a pretraining of `resources`."""
-    gpus = min(resources.gpus_per_node, 1) if verb in EVALUATIONS else 0
+def _of(name: str, source: str) -> list[str]:
+    return [word.replace("{source}", source) for word in EVALUATIONS[name]]
+
+
+def _possible(run: RunFolder, data: str | None) -> tuple[list[str], list[str]]:
+    """Names of the evaluations that can run on this data set, and a sentence for each that cannot."""
+    from ssl_pipeline.evaluation import semi_supervised
+
+    found, left_out = [], []
+    for name, words in EVALUATIONS.items():
+        try:
+            if words[0] == "semi-supervised":
+                semi_supervised.known_list(data, float(words[-1]))
+            found.append(name)
+        except BadInput as error:
+            left_out.append(f"{name} is left out: {error}; then: ssl-pipeline {shlex.join(_of(name, str(run.path)))}")
+    return found, left_out
+
+
+def _beside(resources: Resources, verb: str, protocol: str | None, dependency: str | None = None) -> Resources:
+    """What an evaluation, or the report, asks for beside a pretraining of `resources`.
+
+    What trains on pictures gets one node as pretraining has it, all else one process.
+    """
+    trains = verb == "semi-supervised" or (verb == "linear-probe" and protocol == "imagenet")
+    whole = trains and 256 % resources.tasks == 0  # every preset's batch is a multiple of 256
+    gpus = 0 if verb == "report" else resources.gpus_per_node if whole else min(resources.gpus_per_node, 1)
     time = f"{HOURS[verb]}:00:00"
     if resources.time and minutes(resources.time) < minutes(time):  # a short limit is likely the partition's
         time = resources.time
-    own = {"nodes": 1, "gpus_per_node": gpus, "tasks_per_node": None, "mem": None, "time": time, "signal_lead": None}
+    tasks = resources.tasks_per_node if whole else None
+    own = {"nodes": 1, "gpus_per_node": gpus, "tasks_per_node": tasks, "mem": None, "time": time, "signal_lead": None}
     if resources.cluster != "slurm":
         own["time"] = None
     return resources.model_copy(update={**own, "dependency": dependency})
@@ -439,15 +479,17 @@ def _flags(resources: Resources) -> list[str]:
     ]
 
 
-def _one_after_the_other(train: Job, run: RunFolder, resources: Resources, evaluations: Sequence[str]) -> str:
+def _one_after_the_other(
+    train: Job, run: RunFolder, resources: Resources, evaluations: Sequence[str], needs: Callable[[str], Resources]
+) -> str:
     """Without a scheduler: the same jobs in the foreground, an evaluation that fails not ending the rest."""
     failed = []
-    for job in (train, *(Job([verb, str(run.path)]) for verb in (*evaluations, "report"))):
-        verb = job.words[0]
-        status = _run_local(job, resources if job is train else _one_task(resources, verb), run)
+    jobs = {"pretrain": train, **{name: Job(_of(name, str(run.path))) for name in evaluations}}
+    for name, job in {**jobs, "report": Job(["report", str(run.path)])}.items():
+        status = _run_local(job, resources if job is train else needs(name), run)
         if status != Status.DONE:
-            failed.append(verb)
-            log.warning("%s ended with status %d; its log is in %s", verb, status, run.path / "logs")
+            failed.append(name)
+            log.warning("%s ended with status %d; its log is in %s", name, status, run.path / "logs")
             if job is train:
                 sys.exit(status)
     return f"{run.path / 'report.html'}" + (f"; failed: {', '.join(failed)}" if failed else "")

@@ -135,6 +135,15 @@ class Monitor:
             print(self._line(values), file=sys.stderr, flush=True)
         self.tick(step)
 
+    def note(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Write values of `step` that are no sums over steps, as a row of their own."""
+        if self.world.is_main:
+            self._metrics.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            self._metrics.flush()
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
+
     def tick(self, step: int) -> None:
         """Start the clock of the next interval: after `step` steps, and after anything that is no training."""
         self._clock, self._waited, self._since = time.monotonic(), 0.0, step

@@ -130,14 +130,17 @@ class LARS(torch.optim.SGD):
 
 
 def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> torch.optim.Optimizer:
-    """The optimizer of a method's `parameter_groups()`. Each group remembers its `base_lr` and whether it is scheduled."""
+    """The optimizer of a method's `parameter_groups()`. Each group remembers its `base_lr` and whether it is scheduled.
+
+    A group may have a `rate` and a `weight_decay` of its own in the place of the options'.
+    """
     built = []
     for group in groups:
         scheduled = group["lr"] == "scheduled"
-        rate = options.learning_rate_1d if group["name"] == "vectors" else None
+        rate = group.get("rate", options.learning_rate_1d if group["name"] == "vectors" else None)
         base = base_rate(options, batch_size, rate) if scheduled else group["lr"]
         decayed = group["decay"] or not options.exclude_1d
-        decay = options.weight_decay if decayed else 0.0
+        decay = group.get("weight_decay", options.weight_decay) if decayed else 0.0
         kept: dict[str, Any] = {
             "params": group["params"],
             "name": group["name"],

@@ -37,9 +37,14 @@ def noted() -> list[int]:
 
 
 def stop_at_signals() -> None:
-    """From here on these signals raise Stop with status 75: for work that has nothing to save."""
+    """From here on SIGTERM raises Stop with status 75: for work that has nothing to save, and would start anew.
+
+    SIGUSR1 and SIGUSR2, which come some time before the time limit, end nothing: the work may be done by then.
+    """
     for number in SLURM_SIGNALS:
-        signal.signal(number, _raise)
+        signal.signal(number, _raise if number == signal.SIGTERM else _note)
+    if signal.SIGTERM in _noted:
+        _raise(signal.SIGTERM, None)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

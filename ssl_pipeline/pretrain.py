@@ -12,8 +12,6 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +26,8 @@ from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Loader, require_dali
 from ssl_pipeline.data.loader import Options as DataOptions
+from ssl_pipeline.evaluation.online import Online
+from ssl_pipeline.evaluation.online import Options as OnlineOptions
 from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.head import Options as HeadOptions
 from ssl_pipeline.head import ProjectionHead
@@ -61,6 +61,7 @@ class PretrainConfig(config.Options):
     """Key of initial weights, order and augmentation."""
     checkpoint: CheckpointOptions = CheckpointOptions()
     monitor: MonitorOptions = MonitorOptions()
+    online: OnlineOptions = OnlineOptions()
 
     @model_validator(mode="after")
     def _views_fit(self) -> PretrainConfig:
@@ -81,7 +82,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     if not world.is_main:
         log.setLevel(logging.WARNING)  # one rank tells how the run goes; each names the files that it cannot read
 
-    def read_index() -> tuple[Index | None, BadInput | None]:
+    def read_pictures() -> tuple[Index | None, BadInput | None]:
         require_dali()
         try:
             index = read_index(options.data.root / "train")
@@ -93,10 +94,10 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     def open_run() -> None:
         if world.is_main:
             run.open_for_writing(options.model_dump(mode="json"))
-            require_progress(run.events())
+            cluster.require_progress(run.events())
 
     try:
-        index, error = distributed.together(read_index)
+        index, error = distributed.together(read_pictures)
         text = config.dump_yaml(options.model_dump(mode="json"))
         listing = index.digest() if index is not None else "missing"
         digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": listing}
@@ -106,24 +107,6 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
         return _train(options, index, run, world)
     finally:
         run.close()
-
-
-def require_progress(events: Sequence[Mapping[str, Any]]) -> None:
-    """Raises BadInput where this job was stopped within a minute ten times in a row: it would go on so for ever."""
-    job = cluster.job_id()
-    stops = []
-    began = None
-    for event in events:
-        if event.get("event") == "start":
-            began = event if event.get("job") == job else None
-        elif event.get("event") == "end" and began is not None:
-            seconds = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(began["time"])
-            stops.append(event["status"] == Status.STOPPED and seconds.total_seconds() < 60)
-    if job is not None and len(stops) >= 10 and all(stops[-10:]):
-        raise BadInput(
-            f"job {job} was stopped within a minute of its start ten times in a row: where that is not preemption, its --time "
-            "is not longer than the lead of its --signal; give it more time or a shorter lead and submit it again"
-        )
 
 
 def build_method(options: PretrainConfig) -> Method:
@@ -181,6 +164,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             restart=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             nodes=os.environ.get("SLURM_JOB_NODELIST"),
             host=socket.gethostname(),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             ranks=world.size,
             step=step,
             steps=end,
@@ -195,6 +179,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = distributed.wrap(method, device)
     optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
+    width = backbone.width(method.backbone)
+    online = Online(options.online, options.data, width, options.backbone, index, options.seed, world)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -212,6 +198,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step)
     if state:
         watch.load_state_dict(state["monitor"])
+        online.load(state.get("online", {}))
         log.info("going on with %s after step %d of %d", run.path, step, end)
 
     def save() -> None:
@@ -223,6 +210,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             "scaler": scaler.state_dict(),
             "loader": data.state_dict(),
             "monitor": watch.state_dict(),
+            "online": online.state(),
             "random": distributed.gather_values(torch.get_rng_state()),
             "versions": {"ssl_pipeline": __version__, "torch": str(torch.__version__), "timm": timm.__version__,
                          "python": platform.python_version()},
@@ -267,14 +255,17 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 method.after_update(progress, rates, finite)
                 _put_back_unless(finite, method, statistics)
                 optimizer.zero_grad()
-                watch.add(output.logs | {"gradient_norm": norm}, finite)
+                seen = online.step(output.features, batch.labels, finite)
+                watch.add(output.logs | {"gradient_norm": norm} | seen, finite)
                 step += 1
 
                 last = step == end
                 if last or step % options.monitor.every_steps == 0:
-                    bad = len(data.all_bad())
-                    watch.log(step, data.epoch, rates, bad)
-                    _require_readable(bad, data, options.data.max_bad_fraction)
+                    watch.log(step, data.epoch, rates, len(data.all_bad()))
+                    data.require_readable(options.data.max_bad_fraction)
+                if step % len(data) == 0 and online.due(step // len(data)):
+                    watch.note(step, data.epoch, online.neighbours(method.evaluated_backbone()))
+                    watch.tick(step)
                 stop = preemption.requested()
                 if last or stop or options.checkpoint.due(step, len(data)):
                     save()
@@ -306,15 +297,6 @@ def _copy_of_buffers(method: nn.Module) -> list[Tensor]:
 def _put_back_unless(finite: Tensor, method: nn.Module, copies: list[Tensor]) -> None:
     for buffer, copy in zip(method.buffers(), copies, strict=True):
         buffer.copy_(torch.where(finite, buffer, copy))
-
-
-def _require_readable(bad: int, data: Loader, most: float) -> None:
-    """Raises BadInput, on all ranks alike, where all ranks together met too many unreadable pictures."""
-    if bad > most * len(data.index):
-        raise BadInput(
-            f"{bad} of {len(data.index)} pictures are unreadable, more than data.max_bad_fraction = {most}; "
-            f"mend them or raise data.max_bad_fraction; on this rank {data.bad_summary()}"
-        )
 
 
 def _require_room(method: Method, options: PretrainConfig, run: RunFolder) -> None:

@@ -89,8 +89,13 @@ class RunFolder:
             self._require_same(values)
         elif any(self.checkpoints.glob("*.pt")):
             raise BadInput(f"{str(self.path)!r} holds checkpoints but no config.yaml: name another --output")
+        self.describe(values)
+
+    def describe(self, values: Mapping[str, Any]) -> None:
+        """Write config.yaml. Raises StorageFailure."""
         partial = self.path / ".config.yaml.partial"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             partial.write_text(config.dump_yaml(values), encoding="utf-8")
             os.replace(partial, self.config)
         except OSError as error:

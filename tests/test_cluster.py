@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,3 +135,25 @@ def test_slots_and_leads() -> None:
 def test_write_speed_leaves_nothing(tmp_path: Path) -> None:
     assert cluster.write_speed(tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def slots(count: int, seconds: int, job: str = "5") -> list[dict[str, Any]]:
+    """Events of slots that were stopped after so many seconds, one a half hour."""
+    found = []
+    for number in range(count):
+        hour, minute = divmod(number * 30, 60)
+        began = f"2026-01-01T{hour:02d}:{minute:02d}:00.000+00:00"
+        ended = f"2026-01-01T{hour:02d}:{minute + seconds // 60:02d}:{seconds % 60:02d}.000+00:00"
+        found += [{"event": "start", "job": job, "time": began}, {"event": "end", "status": 75, "time": ended}]
+    return found
+
+
+def test_a_job_that_is_stopped_at_once_ten_times_does_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    with pytest.raises(BadInput, match="stopped within a minute of its start ten times in a row: .* --time"):
+        cluster.require_progress(slots(10, 20))
+    cluster.require_progress(slots(9, 20))
+    cluster.require_progress(slots(10, 20)[:-2] + slots(10, 70)[-2:])  # the last one got on
+    cluster.require_progress(slots(10, 20, job="4"))  # another job's
+    monkeypatch.delenv("SLURM_JOB_ID")
+    cluster.require_progress(slots(10, 20))

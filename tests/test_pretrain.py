@@ -172,28 +172,6 @@ def test_two_ranks_of_torchrun_are_one(digits: Path, tmp_path: Path, command: Ca
     assert one[0]["loss"] - one[-1]["loss"] > 0.01  # it trains: agreement of a standstill would say nothing
 
 
-def slots(count: int, seconds: int, job: str = "5") -> list[dict[str, Any]]:
-    """Events of slots that were stopped after so many seconds, one a half hour."""
-    found = []
-    for number in range(count):
-        hour, minute = divmod(number * 30, 60)
-        began = f"2026-01-01T{hour:02d}:{minute:02d}:00.000+00:00"
-        ended = f"2026-01-01T{hour:02d}:{minute + seconds // 60:02d}:{seconds % 60:02d}.000+00:00"
-        found += [{"event": "start", "job": job, "time": began}, {"event": "end", "status": 75, "time": ended}]
-    return found
-
-
-def test_a_job_that_is_stopped_at_once_ten_times_does_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    with pytest.raises(BadInput, match="stopped within a minute of its start ten times in a row: .* --time"):
-        pretrain.require_progress(slots(10, 20))
-    pretrain.require_progress(slots(9, 20))
-    pretrain.require_progress(slots(10, 20)[:-2] + slots(10, 70)[-2:])  # the last one got on
-    pretrain.require_progress(slots(10, 20, job="4"))  # another job's
-    monkeypatch.delenv("SLURM_JOB_ID")
-    pretrain.require_progress(slots(10, 20))
-
-
 @pytest.mark.slow
 def test_two_ranks_stopped_and_resumed_are_not_stopped(few_digits: Path, tmp_path: Path, command: Callable) -> None:
     words = ("pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "monitor.tensorboard=false")

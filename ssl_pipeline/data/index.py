@@ -120,7 +120,9 @@ def shards(root: Path) -> Index:
     else:
         names = sorted(set(words))
         labels = [names.index(word) for word in words]
-    return Index(root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(names), np.asarray(spans, dtype=np.int64))
+    return Index(
+        root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(names), np.asarray(spans, dtype=np.int64)
+    )
 
 
 def class_names(root: Path) -> list[str]:

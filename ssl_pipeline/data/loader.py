@@ -321,6 +321,18 @@ class Loader:
             "unreadable picture %s: %s; another takes its place", self.index.root / self.index.paths[sample], reason
         )
 
+    def require_readable(self, most: float) -> None:
+        """Raises BadInput, on all ranks alike, where all of them together met more than this share of unreadable pictures.
+
+        All ranks must call it.
+        """
+        bad = len(self.all_bad())
+        if bad > most * len(self.index):
+            raise BadInput(
+                f"{bad} of {len(self.index)} pictures in {str(self.index.root)!r} are unreadable, more than "
+                f"data.max_bad_fraction = {most}; mend them or raise data.max_bad_fraction; on this rank {self.bad_summary()}"
+            )
+
     def bad_summary(self, most: int = 20) -> str:
         """One line with the unreadable pictures that this rank met."""
         names = [f"{self.index.paths[sample]} ({reason})" for sample, reason in sorted(self.bad.items())[:most]]

@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 2
     REPLACEMENT = 3
     PROBE = 4
+    SUBSET = 5
 
 
 def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator:
@@ -44,3 +45,13 @@ def uniforms(seed: int, epoch: int, samples: np.ndarray, view: int, count: int) 
 def replacement(seed: int, epoch: int, sample: int, attempt: int, count: int) -> int:
     """The sample, below `count`, that stands in for an unreadable one."""
     return int(generator(seed, Purpose.REPLACEMENT, sample, attempt, epoch).integers(count))
+
+
+def balanced_subset(seed: int, labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Places, ascending, of `fraction` of each class of labels (N,), rounded, at least one: keyed by (seed, class)."""
+    chosen = []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        order = generator(seed, Purpose.SUBSET, int(label)).permutation(len(places))
+        chosen.append(places[order[: max(1, round(fraction * len(places)))]])
+    return np.sort(np.concatenate(chosen))

@@ -89,7 +89,7 @@ def options(source: Path, values: Mapping[str, Any] | None = None, random_init: 
 def network(options: Options) -> nn.Module:
     """The backbone with its weights, on the host, in evaluation mode. Raises BadInput where they do not fit."""
     if options.weights is None:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             return backbones.build(options.backbone).eval()
     return backbones.load(options.weights, options.backbone).eval()
@@ -185,12 +185,8 @@ def features_of(model: nn.Module, index: Index, options: Options, world: distrib
         rows = slice(filled, filled + len(found))
         values[rows], labels[rows], ids[rows] = found, batch.labels.cpu()[itself], torch.from_numpy(wanted)[itself]
         filled += len(found)
+    data.require_readable(options.max_bad_fraction)
     bad = len(data.all_bad())
-    if bad > options.max_bad_fraction * len(index):
-        raise BadInput(
-            f"{bad} of {len(index)} pictures in {str(index.root)!r}, more than data.max_bad_fraction = "
-            f"{options.max_bad_fraction}, cannot be read: mend them or raise it; on this rank {data.bad_summary()}"
-        )
     if bad and world.is_main:
         log.warning("%s is measured without %d of %d pictures", index.root, bad, len(index))
     if values is None:  # more ranks than pictures

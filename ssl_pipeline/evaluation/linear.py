@@ -6,6 +6,8 @@ Source: htdt/self-supervised eval/sgd.py. Adam, rate 1e-2 falling exponentially 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -13,15 +15,13 @@ from torch import Tensor, nn
 
 from ssl_pipeline import config
 from ssl_pipeline.data.randomness import Purpose, generator
-from ssl_pipeline.evaluation.features import Options as FeatureOptions
-from ssl_pipeline.evaluation.features import extract
+from ssl_pipeline.evaluation.features import Features
 from ssl_pipeline.evaluation.knn import accuracy
 
 
-class Options(config.Options):
+class Recipe(config.Options):
     """The probe's recipe."""
 
-    features: FeatureOptions
     epochs: int = Field(500, gt=1)
     first_rate: float = Field(1e-2, gt=0)
     last_rate: float = Field(1e-6, gt=0)
@@ -31,36 +31,28 @@ class Options(config.Options):
     seed: int = Field(0, ge=0)
 
 
-def run(options: Options) -> dict[str, float]:
-    """top-1 and top-5 in percent on val of a classifier trained on train."""
-    train, train_labels = extract(options.features, "train")
-    test, test_labels = extract(options.features, "val")
-    return evaluate(options, train, train_labels, test, test_labels)
-
-
-def evaluate(
-    options: Options, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
-) -> dict[str, float]:
-    """The same from features (N, D) and (M, D)."""
-    classifier = fit(options, train, train_labels, int(torch.cat([train_labels, test_labels]).max()) + 1)
+def evaluate(recipe: Recipe, train: Features, test: Features) -> dict[str, Any]:
+    """Top-1 and top-5, in percent, on `test` of a classifier trained on `train`. Every rank trains the same one."""
+    train, test = train.gathered(), test.gathered()
+    classifier = fit(recipe, train.values, train.labels, max(train.classes, test.classes))
     with torch.no_grad():
-        ranking = classifier(test).sort(dim=1, descending=True, stable=True).indices
-    return {f"linear_top{n}": accuracy(ranking, test_labels, n) for n in (1, 5)}
+        ranking = classifier(test.values).sort(dim=1, descending=True, stable=True).indices
+    return {f"linear_top{n}": accuracy(ranking, test.labels, n) for n in (1, 5)}
 
 
-def fit(options: Options, train: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+def fit(recipe: Recipe, train: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     """A linear classifier of features (N, D), a function of the features and the seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
         classifier = nn.Linear(train.shape[1], classes)
     optimizer = torch.optim.Adam(
-        classifier.parameters(), options.first_rate, weight_decay=options.weight_decay, fused=True
+        classifier.parameters(), recipe.first_rate, weight_decay=recipe.weight_decay, fused=True
     )
-    decay = (options.last_rate / options.first_rate) ** (1 / options.epochs)
-    for epoch in range(options.epochs):
-        optimizer.param_groups[0]["lr"] = options.first_rate * decay**epoch
-        order = torch.from_numpy(generator(options.seed, Purpose.PROBE, epoch).permutation(len(train)))
-        for rows in order.split(min(options.batch_size, len(train))):
+    decay = (recipe.last_rate / recipe.first_rate) ** (1 / recipe.epochs)
+    for epoch in range(recipe.epochs):
+        optimizer.param_groups[0]["lr"] = recipe.first_rate * decay**epoch
+        order = torch.from_numpy(generator(recipe.seed, Purpose.PROBE, epoch).permutation(len(train)))
+        for rows in order.split(min(recipe.batch_size, len(train))):
             loss = F.cross_entropy(classifier(train[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

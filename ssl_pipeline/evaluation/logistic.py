@@ -1,0 +1,221 @@
+"""Multinomial logistic regression on frozen features by L-BFGS: the linear probe's protocol for transfer.
+
+The objective is scikit-learn's LogisticRegression(C) on three classes and more: C * sum of cross-entropies + |W|^2 / 2,
+the bias free, features as they come. C is chosen on a part of train, as Kornblith et al. 2019 (arXiv 1805.08974) and CLIP
+(arXiv 2103.00020, A.3) do on a validation part; then all of train is fitted. Loss and gradient are taken in float64, by
+each rank over its share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.optimize  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from ssl_pipeline import config, distributed
+from ssl_pipeline.data.randomness import Purpose, generator
+from ssl_pipeline.evaluation.features import Features
+from ssl_pipeline.exits import BadInput
+
+log = logging.getLogger("ssl_pipeline")
+
+ROWS = 4096
+"""Features that are worked on at a time."""
+
+
+class Recipe(config.Options):
+    """The probe's recipe."""
+
+    c: list[PositiveFloat] = Field([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0], min_length=1)
+    """Inverse regularisations to try; with one, nothing is held out."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of each class of train, rounded, at least one picture, on which C is chosen."""
+    seed: int = Field(0, ge=0)
+    """Of what is held out."""
+    max_iterations: int = Field(1000, gt=0)
+    """Of L-BFGS, for each C."""
+    tolerance: float = Field(1e-6, gt=0)
+    """Greatest entry of the gradient of the objective divided by C N at which L-BFGS stops: scikit-learn's `tol`."""
+
+
+class Fit(NamedTuple):
+    """A linear classifier."""
+
+    weight: Tensor
+    """(C, D) float64 on the host."""
+    bias: Tensor
+    """(C,) float64."""
+    loss: float
+    """The objective."""
+    converged: bool
+    """Whether L-BFGS came to its tolerance within its iterations."""
+
+
+def evaluate(recipe: Recipe, train: Features, test: Features) -> dict[str, Any]:
+    """Top-1 and top-5, in percent, on `test` of the classifier of `train`, and what C it took.
+
+    From each rank's shares, the same on all ranks, which must all call it. Raises BadInput, on all ranks alike, where a
+    class has too few pictures to hold one out, and for features that are not finite.
+    """
+    classes = max(train.classes, test.classes)
+    c, start = recipe.c[0], None
+    result: dict[str, Any] = {"chosen_on": "given"}
+    if len(set(recipe.c)) > 1:
+        c, start, tried = _choose(recipe, train, classes)
+        result = {"chosen_on": "held-out part of train", "held_out_top1": tried}
+    fitted = fit(train, c, classes, start, max_iterations=recipe.max_iterations, tolerance=recipe.tolerance)
+    top1, top5 = _accuracies(fitted, test)
+    return {"linear_top1": top1, "linear_top5": top5, "c": c, "converged": fitted.converged, **result}
+
+
+def _choose(recipe: Recipe, train: Features, classes: int) -> tuple[float, Fit, dict[str, float]]:
+    """The C that is best on what is held out, the smaller one on a tie, its classifier, and top-1 in percent of each C."""
+    held = _held_out(recipe, train)
+    kept, held = (~held).nonzero().flatten(), held.nonzero().flatten()
+    path: dict[float, Fit] = {}
+    tried: dict[float, float] = {}
+    start = None
+    for c in sorted(set(recipe.c)):
+        start = path[c] = fit(train, c, classes, start, kept, recipe.max_iterations, recipe.tolerance)
+        tried[c], _ = _accuracies(start, train, held)
+    best = max(tried, key=tried.__getitem__)  # the first of equals
+    names = {f"{c:g}": top1 for c, top1 in tried.items()}
+    if best in (min(tried), max(tried)) and distributed.rank() == 0:
+        log.warning("the best C, %g, is at an end of the grid %s: widen it there (recipe.c)", best, ", ".join(names))
+    return best, path[best], names
+
+
+def _held_out(recipe: Recipe, train: Features) -> Tensor:
+    """Whether each row (n,) of this rank's share is held out: a function of the seed and of the labels by id alone."""
+    ids = torch.cat(distributed.gather_rows(train.ids)).numpy()
+    labels = torch.cat(distributed.gather_rows(train.labels)).numpy()
+    chosen = []
+    for label in np.unique(labels):
+        own = np.sort(ids[labels == label])
+        if len(own) < 2:
+            raise BadInput(
+                f"class {label} has a single picture in train, so none can be held out to choose C: give one C, "
+                f"as recipe.c=[{recipe.c[0]:g}]"
+            )
+        count = min(max(1, round(recipe.held_out * len(own))), len(own) - 1)
+        # 1: other streams than those of the small-data probe, which count epochs in the first number alone.
+        chosen.append(generator(recipe.seed, Purpose.PROBE, int(label), 1).permutation(own)[:count])
+    return torch.isin(train.ids, torch.from_numpy(np.concatenate(chosen)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- fit
+def fit(
+    train: Features,
+    c: float,
+    classes: int,
+    start: Fit | None = None,
+    rows: Tensor | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-6,
+) -> Fit:
+    """The classifier that minimises the objective over all ranks' shares of `train`, or over `rows` (n,) of each.
+
+    `start` is the classifier from which it goes on; zeros by default. All ranks must call it, and get the same. Warns
+    where L-BFGS stops before its tolerance; raises BadInput for features that are not finite.
+    """
+    rows = torch.arange(len(train.labels)) if rows is None else rows
+    shape = classes, train.values.shape[1]
+    count = int(distributed.gather_values(torch.tensor(len(rows))).sum())
+    x = torch.zeros(classes * (shape[1] + 1), dtype=torch.float64)
+    if start is not None:
+        x = torch.cat([start.weight.flatten(), start.bias])
+    scale = c * count
+
+    def objective(x: Tensor) -> tuple[float, Tensor]:
+        """Value and gradient, divided by `scale`, of parameters (C * D + C,): the tolerance fits any C and N."""
+        weight, bias = x[:-classes].reshape(shape), x[-classes:]
+        loss, gradient = _cross_entropies(train, rows, weight, bias)
+        value = loss / count + weight.square().sum() / (2 * scale)
+        gradient = gradient / count
+        gradient[:-classes] += weight.flatten() / scale
+        return float(value), gradient
+
+    if not np.isfinite(objective(x)[0]):
+        raise BadInput(
+            "some features are not finite numbers: the backbone has diverged; evaluate an earlier checkpoint"
+        )
+    x, value, converged = _minimise(objective, x, max_iterations, tolerance)
+    if not converged and distributed.rank() == 0:
+        log.warning(
+            "L-BFGS with C = %g did not come to its tolerance %g in %d iterations: raise recipe.max_iterations or "
+            "recipe.tolerance",
+            c,
+            tolerance,
+            max_iterations,
+        )
+    return Fit(x[:-classes].reshape(shape), x[-classes:], scale * value, converged)
+
+
+def _minimise(
+    objective: Callable[[Tensor], tuple[float, Tensor]], x: Tensor, max_iterations: int, tolerance: float
+) -> tuple[Tensor, float, bool]:
+    """The minimum of `objective`, its value, and whether it was reached. `objective` is called by all ranks together.
+
+    The main rank alone decides where it is evaluated next: on other processors the same sums round otherwise, and
+    ranks that each ran L-BFGS might stop at different iterations and wait for each other for ever.
+    """
+    message = torch.zeros(3 + len(x), dtype=torch.float64)  # whether to evaluate, value, whether converged, parameters
+    if distributed.rank() != 0:
+        while True:
+            dist.broadcast(message, 0)
+            if not message[0]:
+                return message[3:], float(message[1]), bool(message[2])
+            objective(message[3:])
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        message[0], message[3:] = 1, torch.from_numpy(x)
+        dist.broadcast(message, 0)
+        value, gradient = objective(message[3:])
+        return value, gradient.numpy()
+
+    # Line search and the tolerance of the value as in scikit-learn's _logistic.py.
+    limits: dict[str, float] = {"maxiter": max_iterations, "maxfun": 50 * max_iterations, "maxls": 50}
+    limits |= {"gtol": tolerance, "ftol": 64 * np.finfo(float).eps}
+    found = scipy.optimize.minimize(value_and_gradient, x.numpy(), method="L-BFGS-B", jac=True, options=limits)
+    message[:3] = torch.tensor([0, found.fun, found.success])
+    message[3:] = torch.from_numpy(found.x)
+    dist.broadcast(message, 0)
+    return message[3:], float(found.fun), bool(found.success)
+
+
+def _cross_entropies(train: Features, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over all ranks of the cross-entropies, and its gradient (C * D + C,), on the host."""
+    device = distributed.start().device
+    weight, bias = weight.to(device), bias.to(device)
+    loss, by_weight, by_bias = bias.new_zeros(1), torch.zeros_like(weight), torch.zeros_like(bias)
+    for part in rows.split(ROWS):
+        x, labels = train.values[part].to(device).double(), train.labels[part].to(device)[:, None]
+        log_p = torch.addmm(bias, x, weight.T).log_softmax(dim=1)
+        loss -= log_p.gather(1, labels).sum()
+        residual = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=log_p.dtype))
+        by_weight.addmm_(residual.T, x)
+        by_bias += residual.sum(dim=0)
+    total = distributed.all_reduce_sum(torch.cat([loss, by_weight.flatten(), by_bias])).cpu()
+    return total[0], total[1:]
+
+
+def _accuracies(classifier: Fit, features: Features, rows: Tensor | None = None) -> tuple[float, float]:
+    """Top-1 and top-5, in percent, over all ranks' shares or `rows` of each; the smaller label comes first on a tie."""
+    rows = torch.arange(len(features.labels)) if rows is None else rows
+    device = distributed.start().device
+    weight, bias = classifier.weight.to(device), classifier.bias.to(device)
+    counts = torch.zeros(3, dtype=torch.float64)
+    for part in rows.split(ROWS):
+        logits = torch.addmm(bias, features.values[part].to(device).double(), weight.T)
+        ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
+        hits = ranking == features.labels[part, None]
+        counts += torch.tensor([hits[:, :1].sum(), hits.sum(), len(hits)])
+    top1, top5, count = distributed.all_reduce_sum(counts).tolist()
+    return 100 * top1 / count, 100 * top5 / count

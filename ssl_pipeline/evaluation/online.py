@@ -1,0 +1,135 @@
+"""How good the backbone is while it is trained: a linear probe on detached features, and now and then k-nn.
+
+Neither touches the run: features are detached, the probe has an optimizer of its own, k-nn runs the backbone in evaluation
+mode and leaves its buffers as they were, and nothing draws from torch's generator. A run with them equals one without, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline import backbone as backbones
+from ssl_pipeline import config, distributed
+from ssl_pipeline.data.index import Index, read_index
+from ssl_pipeline.data.loader import Options as DataOptions
+from ssl_pipeline.data.randomness import Purpose, generator
+from ssl_pipeline.evaluation import features, knn
+
+
+class Options(config.Options):
+    """What to measure along the way; nothing where the training pictures have fewer than two classes."""
+
+    linear: bool = True
+    """A linear classifier on the first view's features: online_top1 and online_loss of each logged step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of the classifier's Adam, constant: features of any scale are met."""
+    knn_every_epochs: int | None = Field(None, gt=0)
+    """Epochs between 5-nn measurements (online_knn5_top1); None: none."""
+    knn_train: int = Field(10_000, gt=0)
+    """Training pictures searched, the same ones always."""
+    knn_val: int = Field(5_000, gt=0)
+    """Validation pictures classified, the same ones always."""
+
+
+class Online(nn.Module):
+    """The classifier, and what k-nn looks at.
+
+    Args:
+        options: what to measure.
+        data: where the pictures lie.
+        width: of the features.
+        architecture: the backbone's options.
+        index: the training pictures.
+        seed: key of the classifier's weights and of the subsets.
+        world: this process's place.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        data: DataOptions,
+        width: int,
+        architecture: backbones.Options,
+        index: Index,
+        seed: int,
+        world: distributed.World,
+    ) -> None:
+        super().__init__()
+        self.options, self.world, self.index, self.seed = options, world, index, seed
+        classes = len(index.classes)
+        self.on = options.linear and classes > 1
+        self.every = options.knn_every_epochs if classes > 1 and (data.root / "val").is_dir() else None
+        self._val = data.root / "val"
+        self._source = features.Options(
+            weights=None, backbone=architecture, root=data.root, view=data.evaluation_view,
+            max_bad_fraction=data.max_bad_fraction, threads=data.threads, readers=data.readers,
+        )  # fmt: skip
+        if self.on:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.classifier = nn.Linear(width, classes)
+            self.to(world.device)
+            self.optimizer = torch.optim.Adam(self.parameters(), options.learning_rate, fused=True)
+
+    def step(self, representations: Tensor, labels: Tensor, finite: Tensor) -> dict[str, Tensor]:
+        """Train the classifier on features (N, D) and labels (N,) of this rank; its top-1, in percent, and loss, before.
+
+        Like the run's own update it is left out where `finite`, a boolean on the device, is false. No host sync.
+        """
+        if not self.on:
+            return {}
+        with torch.autocast(representations.device.type, enabled=False), torch.enable_grad():
+            logits = self.classifier(representations.detach().float())
+            loss = F.cross_entropy(logits, labels)
+            gradients = torch.autograd.grad(loss, list(self.parameters()))
+        for p, gradient in zip(self.parameters(), gradients, strict=True):
+            p.grad = distributed.mean_over_ranks(gradient) if self.world.size > 1 else gradient
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        return {"online_loss": loss.detach(), "online_top1": 100 * (logits.argmax(dim=1) == labels).float().mean()}
+
+    def due(self, epoch: int) -> bool:
+        """Whether k-nn is to be measured after `epoch` epochs."""
+        return self.every is not None and epoch % self.every == 0
+
+    def neighbours(self, backbone: nn.Module) -> dict[str, float]:
+        """5-nn top-1 and top-5, in percent, on the fixed subsets. All ranks must call it."""
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+        try:
+            train, test = (
+                features.features_of(backbone, _some(index, count, self.seed), self._source, self.world)
+                for index, count in (
+                    (self.index, self.options.knn_train),
+                    (read_index(self._val), self.options.knn_val),
+                )
+            )
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        found = knn.evaluate(train, test, min(5, self.options.knn_train), [])
+        return {f"online_{name}": value for name, value in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"model": self.state_dict(), "optimizer": self.optimizer.state_dict()} if self.on else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; from the start where it has none, as after the probe was switched on."""
+        if self.on and state:
+            self.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _some(index: Index, count: int, seed: int) -> Index:
+    """The same `count` pictures always, in the order of their ids."""
+    if count >= len(index):
+        return index
+    return index.select(np.sort(generator(seed, Purpose.SUBSET, 2**63).permutation(len(index))[:count]))

@@ -1,0 +1,106 @@
+"""What is measured while the backbone is trained, and that it changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline import checkpoint, distributed, pretrain
+from ssl_pipeline.evaluation import features, knn
+from ssl_pipeline.exits import Status
+from ssl_pipeline.monitor import TIME_KEYS
+from ssl_pipeline.preemption import Preemption
+from ssl_pipeline.run_folder import checkpoint_file, read_lines
+from tests.ranks import on_ranks
+from tests.test_pretrain import options
+
+ON = ("online.linear=true", "online.knn_every_epochs=1", "online.knn_train=100", "online.knn_val=30")
+OFF = ("online.linear=false",)
+
+
+def rows(run: Path) -> list[dict]:
+    """metrics.jsonl less the clock's keys."""
+    return [{k: v for k, v in row.items() if k not in TIME_KEYS} for row in read_lines(run / "metrics.jsonl")]
+
+
+def without_online(found: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("online")} for row in found if "loss" in row]
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+def test_a_run_with_them_is_a_run_without_bit_for_bit(few_digits: Path, tmp_path: Path, method: str) -> None:
+    for name, overrides in (("on", ON), ("off", OFF)):
+        chosen = options(few_digits, "epochs=2", "max_steps=20", *overrides, method=method)
+        assert pretrain.pretrain(chosen, tmp_path / name) == Status.DONE
+    on, off = (checkpoint.read(checkpoint_file(tmp_path / name / "checkpoints", 20)) for name in ("on", "off"))
+    for part in ("model", "optimizer", "loader", "random"):
+        assert str(on[part]) == str(off[part])
+    assert all(torch.equal(on["model"][name], value) for name, value in off["model"].items())
+    assert without_online(rows(tmp_path / "on")) == rows(tmp_path / "off")
+    assert on["online"]
+    assert not off["online"]
+
+
+def test_it_learns_and_its_knn_is_knn(few_digits: Path, tmp_path: Path) -> None:
+    chosen = options(few_digits, "epochs=2", "max_steps=20", "online.learning_rate=0.05", *ON)
+    pretrain.pretrain(chosen, tmp_path / "run")
+    found = rows(tmp_path / "run")
+    top1 = [row["online_top1"] for row in found if "loss" in row]
+    assert sum(top1[-5:]) > sum(top1[:5]) + 25
+    notes = [row for row in found if "online_knn5_top1" in row]
+    assert [row["step"] for row in notes] == [10, 20]
+    source = features.options(tmp_path / "run")
+    train, test = features.extract(source, "train"), features.extract(source, "val")
+    whole = knn.evaluate(train, test, 5, [])["knn5_top1"]
+    assert abs(notes[-1]["online_knn5_top1"] - whole) < 30  # of 100 and 30 pictures of 160 and 60
+    chosen = options(few_digits, "epochs=1", "online.knn_every_epochs=1")
+    pretrain.pretrain(chosen, tmp_path / "all")
+    source = features.options(tmp_path / "all")
+    whole = knn.evaluate(features.extract(source, "train"), features.extract(source, "val"), 5, [])
+    note = rows(tmp_path / "all")[-1]
+    assert note["online_knn5_top1"] == pytest.approx(whole["knn5_top1"])
+    assert note["online_knn5_top5"] == pytest.approx(whole["knn5_top5"])
+
+
+def test_it_goes_on_where_it_was(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options(few_digits, "epochs=2", "max_steps=14", *ON)
+    pretrain.pretrain(chosen, tmp_path / "whole")
+    calls: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Preemption, "requested", lambda self: (calls.append(0), len(calls) == 7)[1])
+        assert pretrain.pretrain(chosen, tmp_path / "cut") == Status.STOPPED
+    pretrain.pretrain(chosen, tmp_path / "cut")
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_switched_on_in_the_middle_it_starts_there(few_digits: Path, tmp_path: Path) -> None:
+    pretrain.pretrain(options(few_digits, "epochs=2", "max_steps=4", *OFF), tmp_path / "run")
+    pretrain.pretrain(options(few_digits, "epochs=2", "max_steps=8", *ON), tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert ["online_top1" in row for row in found] == [False] * 4 + [True] * 4
+
+
+def test_without_classes_there_is_nothing_to_measure(few_digits: Path, tmp_path: Path) -> None:
+    one_class = tmp_path / "data" / "train" / "all"
+    one_class.parent.mkdir(parents=True)
+    one_class.symlink_to(few_digits / "train")
+    pretrain.pretrain(options(tmp_path / "data", "epochs=1", "max_steps=2", *ON), tmp_path / "run")
+    assert not any(key.startswith("online") for row in rows(tmp_path / "run") for key in row)
+
+
+def on_this_rank(root: str, into: str) -> torch.Tensor:
+    chosen = options(Path(root), "epochs=1", "max_steps=10", *ON)
+    pretrain.pretrain(chosen, Path(into))
+    distributed.gather_json(None)
+    found = rows(Path(into))
+    values = [[row["online_loss"], row["online_top1"]] for row in found if "loss" in row]
+    return torch.tensor([*values, [found[-1]["online_knn5_top1"], found[-1]["online_knn5_top5"]]], dtype=torch.float64)
+
+
+def test_two_ranks_are_one(few_digits: Path, tmp_path: Path) -> None:
+    two = on_ranks(2, on_this_rank, str(few_digits), str(tmp_path / "2"))
+    one = on_this_rank(str(few_digits), str(tmp_path / "1"))
+    torch.testing.assert_close(two[0][:-1, 0], one[:-1, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two[0][-1], one[-1], rtol=0, atol=7)  # two of thirty pictures
