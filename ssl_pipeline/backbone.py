@@ -7,6 +7,7 @@ every tensor of the backbone must be there with its shape, and nothing else but 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import os
@@ -143,7 +144,7 @@ def named(text: str) -> Options | None:
     if source == "torchvision":
         if architecture not in TORCHVISION:
             raise BadInput(
-                f"torchvision's {architecture!r} is not to be had here, only networks that timm has alike: "
+                f"torchvision's {architecture!r} is not to be had here, only its ResNets, which timm has alike: "
                 f"{', '.join(TORCHVISION)}; timm's own are timm:NAME"
             )
         versions = list(torchvision.models.get_model_weights(architecture).__members__)
@@ -300,7 +301,7 @@ def _read(path: Path) -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnpicklingError):  # torch's words advise unpickling
         return "it holds other things than tensors"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
 
 
 def _readings(file: Any, backbone: nn.Module) -> Iterator[tuple[Layout, dict[str, Tensor], list[str]]]:
@@ -342,21 +343,30 @@ def _own(
 
 
 def _what_fits(file: Any, options: Options) -> str:
-    """Which common network the file is of instead, as the end of a sentence."""
-    stems: list[Literal["standard", "small"]] = ["standard", "small"]
-    others = [options.model_copy(update={"stem": stem}) for stem in stems]
-    others += [Options(name=name, stem=stem) for name in TORCHVISION for stem in stems]
-    others += [Options(name=f"vit_{size}_patch{patch}_224") for size in ("tiny", "small", "base") for patch in (16, 8)]
+    """Which network the file is of instead, as the end of a sentence; empty where it is no common one."""
+    others = [options.model_copy(update={"stem": stem}) for stem in ("standard", "small")] + COMMON
     for other in others:
-        try:
-            with torch.device("meta"):
-                network = build(other)
-        except BadInput:  # no such network, or no stem of it
-            continue
-        if any(not problems for _, _, problems in _readings(file, network)):
+        network = _on_meta(other.model_dump_json())
+        if network is not None and any(not problems for _, _, problems in _readings(file, network)):
             stem = "small or small_maxpool" if other.stem == "small" else other.stem
             return f"; it fits {other.name} with stem {stem}: take a config with that backbone"
     return ""
+
+
+COMMON = [
+    *(Options(name=name, stem=stem) for name in TORCHVISION for stem in ("standard", "small")),
+    *(Options(name=f"vit_{size}_patch{patch}_224") for size in ("tiny", "small", "base") for patch in (16, 8)),
+]
+
+
+@functools.cache
+def _on_meta(options: str) -> nn.Module | None:
+    """The network without memory, of options as JSON, which can be a key of the cache; None where there is none."""
+    try:
+        with torch.device("meta"):
+            return build(Options.model_validate_json(options))
+    except BadInput:
+        return None
 
 
 def compare(given: dict[str, Tensor], expected: dict[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ from ssl_pipeline.run_folder import RunFolder
 DRAWS = 5
 """Draws of labelled examples over which the few-label probes are averaged."""
 
+
 def demo(method: str, output: Path, data: Path) -> Status:
     """Pretrain `method` + SparseHead on the digits, measure it beside its random initialisation, write a report."""
     if not data.is_dir():

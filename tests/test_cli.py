@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pipeline import cli
+from ssl_pipeline import cli, config
 from ssl_pipeline.exits import Status
+from ssl_pipeline.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,15 +86,108 @@ def test_pretrain_then_evaluate_a_run_and_a_bare_file(few_digits: Path, command:
     assert f"knn3_top1: {result['knn3_top1']:.2f} %" in done.stdout
     bare = command("knn", "run/backbone.pth", "--config", "smoke", f"data.root={few_digits}", "--k", "3")
     assert f"knn3_top1: {result['knn3_top1']:.2f} %" in bare.stdout, bare.stderr
-    done = command("linear-probe", "run", "--epochs", "20", "--random-init")
+    done = command("linear-probe", "run", "recipe.epochs=20", "--random-init")
     assert done.returncode == 0, done.stderr
-    assert "linear_top1" in json.loads((tmp_path / "run" / "results" / "linear_probe_random_init.json").read_text())
+    result = json.loads((tmp_path / "run" / "results" / "linear_probe_random_init.json").read_text())
+    assert result["protocol"] == "small"
+    assert f"linear_top1: {result['linear_top1']:.2f} %" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def small_run(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps on a few digits."""
+    run = tmp_path_factory.mktemp("small") / "run"
+    words = [f"data.root={few_digits}", "data.batch_size=16", "max_steps=3", "--output", str(run)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ssl_pipeline.distributed.stop", lambda: None)
+        assert cli.main(["pretrain", "smoke", *words]) == Status.DONE
+    return run
+
+
+def called(*words: object) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ssl_pipeline.distributed.stop", lambda: None)  # the tests' own process group stays
+        return cli.main([str(word) for word in words])
+
+
+def result_of(run: Path, name: str) -> dict:
+    return json.loads((run / "results" / f"{name}.json").read_text())
+
+
+def test_linear_probe_by_each_protocol(small_run: Path, capsys: pytest.CaptureFixture) -> None:
+    short = ["recipe.epochs=1", "recipe.batch_size=32"]
+    assert called("linear-probe", small_run, "--protocol", "imagenet", "--preset", "vicreg", *short) == Status.DONE
+    found = result_of(small_run, "linear_probe_imagenet")  # the data set's own protocol has the plain name
+    assert (found["protocol"], found["preset"], found["learning_rate"]) == ("imagenet", "vicreg", 0.02)
+    assert Path(found["folder"]).parent == small_run / "evaluations"
+    assert "best_epoch_chosen_on: val" in capsys.readouterr().out
+    assert called("linear-probe", small_run, "--protocol", "logistic", "recipe.c=[1.0]") == Status.DONE
+    assert result_of(small_run, "linear_probe_logistic")["c"] == 1.0
+    assert called("linear-probe", small_run, "recipe.epochs=2", "data.protocol=small") == Status.DONE
+    assert result_of(small_run, "linear_probe")["protocol"] == "small"
+
+
+def test_semi_supervised_keeps_its_list(small_run: Path) -> None:
+    words = ["semi-supervised", small_run, "--percent", "10", "recipe.epochs=1", "recipe.batch_size=10"]
+    assert called(*words) == Status.DONE
+    found = result_of(small_run, "semi_supervised_10percent")
+    names = Path(found["labelled_list"]).read_text().split()
+    assert len(names) == found["labelled_pictures"] == 20
+    assert all(name.partition("/")[0].isdigit() for name in names)  # a class folder and a picture
+    assert {"semi_top1", "semi_top5", "best_epoch_top1"} <= found.keys()
+    assert found["preset"] == "barlow_twins"
+    assert called(*words, "--preset", "swav") == Status.DONE
+    assert result_of(small_run, "semi_supervised_10percent")["preset"] == "swav_10percent"
+
+
+def test_transfer_and_a_backbone_that_is_no_run(small_run: Path, photos: Path, tmp_path: Path) -> None:
+    view = "data.evaluation_view={size: 32, ops: [{op: center_crop, resize: 32}, {op: normalize}]}"
+    assert called("knn", small_run, "--data", photos, view) == Status.DONE
+    assert called("linear-probe", small_run, "--data", photos, view) == Status.DONE
+    assert result_of(small_run, "linear_probe@photos")["protocol"] == "logistic"
+    assert "knn5_top1" in result_of(small_run, "knn@photos")
+    data = "data.root=" + config.flatten(RunFolder(small_run).read_config())["data.root"]
+    file = small_run / "backbone.pth"
+    assert called("knn", file, "--config", "smoke", data, "--output", tmp_path / "other") == Status.DONE
+    assert result_of(tmp_path / "other", "knn_backbone").items() >= {"weights": str(file)}.items()
+    assert called("report", tmp_path / "other", small_run, "--output", tmp_path / "page") == Status.DONE
+    assert "knn_backbone" in (tmp_path / "page" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["linear-probe", "RUN", "--preset", "simclr"], "--preset is for the protocol imagenet, and this is small"),
+        (
+            ["linear-probe", "RUN", "--protocol", "imagenet", "--preset", "x"],
+            "no preset 'x' of linear-probe: neither a file",
+        ),
+        (
+            ["linear-probe", "RUN", "recipe.epoch=3"],
+            "unknown key `recipe.epoch` (command line); the nearest is `recipe.epochs`",
+        ),
+        (["linear-probe", "RUN", "--data", "nowhere"], "--data 'nowhere' is no folder"),
+        (["knn", "RUN", "recipe.k=3"], "knn has no recipe.k=3: it takes --k and --temperature"),
+        (["semi-supervised", "RUN", "--percent", "0"], "`percent` = 0.0"),
+        (["semi-supervised", "RUN", "--percent", "1"], "10 labelled pictures are fewer than recipe.batch_size = 256"),
+        (["semi-supervised", "RUN", "--percent", "1", "data.name=imagenet"], "no list of ImageNet's 1 %"),
+        (["semi-supervised", "RUN/backbone.pth", "--config", "smoke", "--percent", "1"], "give --output FOLDER"),
+    ],
+)
+def test_evaluations_say_what_they_lack(
+    words: list[str], said: str, small_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
+    assert called(*(word.replace("RUN", str(small_run)) for word in words)) == Status.BAD_INPUT
+    assert said in capsys.readouterr().err
 
 
 def test_tools_are_the_verbs() -> None:
     for name, verb in (
         ("knn", "knn"),
         ("linear_probe", "linear-probe"),
+        ("semi_supervised", "semi-supervised"),
         ("prepare_data", "prepare-data"),
         ("report", "report"),
     ):

@@ -24,8 +24,10 @@ from ssl_pipeline.exits import BadInput
 SPARE = 32
 """Candidates beyond k whose distances are computed again from differences."""
 
-PAIRS = 4096
-"""Pairs of rows at a time whose differences are taken."""
+PAIRS = 256
+"""Pairs of rows at a time whose differences are taken: few, so that they stay in the cache."""
+
+NOT_FINITE = "some features are not finite numbers: the backbone has diverged; evaluate an earlier checkpoint"
 
 
 class Options(config.Options):
@@ -82,13 +84,13 @@ class Neighbours(NamedTuple):
 
 
 def nearest(
-    test: Tensor, train: Features, k: int, cosine: bool = False, test_rows: int = 8192, train_rows: int = 2048
+    test: Tensor, train: Features, k: int, cosine: bool = False, test_rows: int = 8192, train_rows: int = 1024
 ) -> Neighbours:
     """The k rows of all ranks' `train` nearest to each row of `test` (M, D), the same on all ranks.
 
     k is at most the number of rows of all ranks. With `cosine` these are neighbours by the angle: all rows are brought
-    to length 1, so that cosine = 1 - distance / 2; the cosine of a row of zeros is 0. `test_rows` and `train_rows` are
-    what is worked on at a time, and do not matter to the result. All ranks must call it with the same `test`.
+    to length 1, so that cosine = 1 - distance / 2; that of a row of zeros is 0, but for rounding. `test_rows` and
+    `train_rows` are worked on at a time, and do not matter to the result. All ranks must call it with the same `test`.
     Raises BadInput, on all ranks alike, for features that are not finite.
     """
     points = partial(_points, device=distributed.start().device, cosine=cosine)
@@ -174,9 +176,7 @@ def _points(rows: Tensor, device: torch.device, cosine: bool, axis: int = 1) -> 
     """
     points = rows.to(device).double()
     if not points.isfinite().all():
-        raise BadInput(
-            "some features are not finite numbers: the backbone has diverged; evaluate an earlier checkpoint"
-        )
+        raise BadInput(NOT_FINITE)
     if not cosine:
         return points
     norms = _sum(points.square()).sqrt()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data.randomness import Purpose, generator
 from ssl_pipeline.evaluation.features import Features
+from ssl_pipeline.evaluation.knn import NOT_FINITE
 from ssl_pipeline.exits import BadInput
 
 log = logging.getLogger("ssl_pipeline")
@@ -42,7 +43,8 @@ class Recipe(config.Options):
     max_iterations: int = Field(1000, gt=0)
     """Of L-BFGS, for each C."""
     tolerance: float = Field(1e-6, gt=0)
-    """Greatest entry of the gradient of the objective divided by C N at which L-BFGS stops: scikit-learn's `tol`."""
+    """Greatest entry of the gradient at which L-BFGS stops, of the objective divided by C N (scikit-learn's `tol`) and
+    by features of mean 0 and deviation 1."""
 
 
 class Fit(NamedTuple):
@@ -126,26 +128,26 @@ def fit(
     where L-BFGS stops before its tolerance; raises BadInput for features that are not finite.
     """
     rows = torch.arange(len(train.labels)) if rows is None else rows
-    shape = classes, train.values.shape[1]
-    count = int(distributed.gather_values(torch.tensor(len(rows))).sum())
-    x = torch.zeros(classes * (shape[1] + 1), dtype=torch.float64)
-    if start is not None:
-        x = torch.cat([start.weight.flatten(), start.bias])
-    scale = c * count
+    count, mean, scale = _statistics(train, rows)
+    shape = classes, len(mean)
+
+    # L-BFGS works on the weights of features less their mean, in units of their deviation, in which it needs several
+    # times fewer iterations. The bias is free and takes up the mean; the penalty stays that of the weights themselves.
+    def classifier(x: Tensor) -> tuple[Tensor, Tensor]:
+        weight = x[:-classes].reshape(shape) / scale
+        return weight, x[-classes:] - weight @ mean
 
     def objective(x: Tensor) -> tuple[float, Tensor]:
-        """Value and gradient, divided by `scale`, of parameters (C * D + C,): the tolerance fits any C and N."""
-        weight, bias = x[:-classes].reshape(shape), x[-classes:]
-        loss, gradient = _cross_entropies(train, rows, weight, bias)
-        value = loss / count + weight.square().sum() / (2 * scale)
-        gradient = gradient / count
-        gradient[:-classes] += weight.flatten() / scale
-        return float(value), gradient
+        """The objective divided by C N, so that the tolerance fits any C and N, and its gradient; x (C * D + C,)."""
+        weight, bias = classifier(x)
+        loss, by_weight, by_bias = _cross_entropies(train, rows, weight, bias)
+        by_weight = (by_weight - by_bias[:, None] * mean + weight / c) / scale
+        value = loss / count + weight.square().sum() / (2 * c * count)
+        return float(value), torch.cat([by_weight.flatten(), by_bias]) / count
 
-    if not np.isfinite(objective(x)[0]):
-        raise BadInput(
-            "some features are not finite numbers: the backbone has diverged; evaluate an earlier checkpoint"
-        )
+    x = torch.zeros(classes * (len(mean) + 1), dtype=torch.float64)
+    if start is not None:
+        x = torch.cat([start.weight.flatten() * scale, start.bias + start.weight @ mean])
     x, value, converged = _minimise(objective, x, max_iterations, tolerance)
     if not converged and distributed.rank() == 0:
         log.warning(
@@ -155,7 +157,7 @@ def fit(
             tolerance,
             max_iterations,
         )
-    return Fit(x[:-classes].reshape(shape), x[-classes:], scale * value, converged)
+    return Fit(*classifier(x), c * count * value, converged)
 
 
 def _minimise(
@@ -184,14 +186,28 @@ def _minimise(
     limits: dict[str, float] = {"maxiter": max_iterations, "maxfun": 50 * max_iterations, "maxls": 50}
     limits |= {"gtol": tolerance, "ftol": 64 * np.finfo(float).eps}
     found = scipy.optimize.minimize(value_and_gradient, x.numpy(), method="L-BFGS-B", jac=True, options=limits)
-    message[:3] = torch.tensor([0, found.fun, found.success])
+    message[:3] = message.new_tensor([0, found.fun, found.success])
     message[3:] = torch.from_numpy(found.x)
     dist.broadcast(message, 0)
     return message[3:], float(found.fun), bool(found.success)
 
 
-def _cross_entropies(train: Features, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum over all ranks of the cross-entropies, and its gradient (C * D + C,), on the host."""
+def _statistics(train: Features, rows: Tensor) -> tuple[int, Tensor, float]:
+    """Over all ranks: the number of features, their mean (D,) and their deviation from it, one number for all entries."""
+    sums = torch.zeros(2 + train.values.shape[1], dtype=torch.float64)
+    for part in rows.split(ROWS):
+        x = train.values[part].double()
+        sums += torch.cat([x.new_tensor([len(x), float(x.square().sum())]), x.sum(dim=0)])
+    sums = distributed.all_reduce_sum(sums)
+    if not sums.isfinite().all():
+        raise BadInput(NOT_FINITE)
+    mean = sums[2:] / sums[0]
+    variance = float(sums[1] / sums[0] - mean.square().sum()) / len(mean)
+    return int(sums[0]), mean, variance**0.5 if variance > 0 else 1.0
+
+
+def _cross_entropies(train: Features, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over all ranks of the cross-entropies, and its gradients (C, D) and (C,), on the host."""
     device = distributed.start().device
     weight, bias = weight.to(device), bias.to(device)
     loss, by_weight, by_bias = bias.new_zeros(1), torch.zeros_like(weight), torch.zeros_like(bias)
@@ -203,7 +219,7 @@ def _cross_entropies(train: Features, rows: Tensor, weight: Tensor, bias: Tensor
         by_weight.addmm_(residual.T, x)
         by_bias += residual.sum(dim=0)
     total = distributed.all_reduce_sum(torch.cat([loss, by_weight.flatten(), by_bias])).cpu()
-    return total[0], total[1:]
+    return total[0], total[1 : -len(bias)].reshape(weight.shape), total[-len(bias) :]
 
 
 def _accuracies(classifier: Fit, features: Features, rows: Tensor | None = None) -> tuple[float, float]:
@@ -211,11 +227,15 @@ def _accuracies(classifier: Fit, features: Features, rows: Tensor | None = None)
     rows = torch.arange(len(features.labels)) if rows is None else rows
     device = distributed.start().device
     weight, bias = classifier.weight.to(device), classifier.bias.to(device)
-    counts = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(4, dtype=torch.int64)  # of the first, of the first five, of all, of those that are not finite
     for part in rows.split(ROWS):
         logits = torch.addmm(bias, features.values[part].to(device).double(), weight.T)
         ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
         hits = ranking == features.labels[part, None]
-        counts += torch.tensor([hits[:, :1].sum(), hits.sum(), len(hits)])
-    top1, top5, count = distributed.all_reduce_sum(counts).tolist()
+        counts += torch.tensor(
+            [hits[:, :1].sum(), hits.sum(), len(hits), len(hits) - logits.isfinite().all(dim=1).sum()]
+        )
+    top1, top5, count, not_finite = distributed.all_reduce_sum(counts).tolist()
+    if not_finite:
+        raise BadInput(NOT_FINITE)
     return 100 * top1 / count, 100 * top5 / count

@@ -114,6 +114,9 @@ class Online(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
+        finite = (train.values.isfinite().all() & test.values.isfinite().all()).float()
+        if distributed.mean_over_ranks(finite) < 1:
+            return {}  # a diverged run ends by its own rule, not by this one's
         found = knn.evaluate(train, test, min(5, self.options.knn_train), [])
         return {f"online_{name}": value for name, value in found.items()}
 

@@ -213,7 +213,7 @@ def _value(value: Any, digits: int = 2) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         small = 0 < abs(value) < 1
-        return (f"{value:.3g}" if small else f"{value:.{digits}f}").replace("-", MINUS)
+        return (f"{value:#.3g}" if small else f"{value:.{digits}f}").replace("-", MINUS)
     if isinstance(value, int):
         return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", MINUS)
     return str(value)
@@ -288,7 +288,7 @@ class Grid:
             rows.append(f"<tr>{''.join(cells)}</tr>")
         if any(self.columns):
             cells = [
-                f'<th scope="col" class="{kind}">{_escaped(name)}</th>' if name else "<td></td>"
+                f'<th scope="col"{_class(kind)}>{_escaped(name)}</th>' if name else "<td></td>"
                 for name, kind in zip(self.columns, kinds, strict=True)
             ]
             rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -298,12 +298,8 @@ class Grid:
             cells = [f'<th scope="row">{_cell(name)}</th>']
             for value, kind in zip(values, kinds[1:], strict=True):
                 kind = kind or ("words" if isinstance(value, str) else "lines")
-                cells.append(
-                    f'<td class="{kind} none">{NONE}</td>'
-                    if value == NONE
-                    else f'<td class="{kind}">{_cell(value)}</td>'
-                )
-            rows.append(f"{'<tr class=ours>' if place in self.ours else '<tr>'}{''.join(cells)}</tr>")
+                cells.append(f"<td{_class(f'{kind} none' if value == NONE else kind)}>{_cell(value)}</td>")
+            rows.append(f"<tr{_class('ours' if place in self.ours else '')}>{''.join(cells)}</tr>")
         caption = _escaped(self.caption)
         remarks = f'<p class="remarks">{_escaped("; ".join(self.remarks))}</p>' if self.remarks else ""
         return (
@@ -324,6 +320,10 @@ class Grid:
 
 def _escaped(text: str) -> str:
     return html.escape(text)
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def _cell(cell: Cell) -> str:
@@ -392,7 +392,7 @@ def _facts(entry: Entry) -> dict[str, Cell]:
     cost = tables.cost(entry)
     return {
         "seed": str(entry.seed),
-        "steps done": f"{entry.done:,} / {NONE if entry.steps is None else f'{entry.steps:,}'}",
+        "steps done": f"{entry.done:,}" + ("" if entry.steps is None else f" / {entry.steps:,}"),
         "hardware": "; then ".join(entry.hardware) or NONE,
         "training time": duration(cost.seconds) if cost.seconds else NONE,
         "GPU-hours": _hours(cost.gpu_hours),
@@ -413,7 +413,7 @@ def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[st
         found = [values.get(key) for values in of_runs]
         if any(isinstance(value, str) for value in found):
             shown = [f"{key}, {head}: {_value(value)}" for head, value in zip(heads, found, strict=True)]
-            remarks += shown if len(set(found)) > 1 else [f"{key}: {found[0]}"]
+            remarks += shown if found.count(found[0]) < len(found) else [f"{key}: {found[0]}"]
         else:
             mean = tables.statistic([number for value in found if (number := tables.number(value)) is not None])
             rows.append([key, *map(_value, found), *([_mean(mean)] if several else [])])

@@ -299,7 +299,7 @@ def _fit(
                     stop.status = Status.STOPPED
                     raise stop
             data.require_readable(source.max_bad_fraction)
-            row = {"epoch": data.epoch, "loss": _finite(distributed.mean_over_ranks(losses))}
+            row: dict[str, Any] = {"epoch": data.epoch, "loss": _finite(distributed.mean_over_ranks(losses))}
             if data.epoch % recipe.evaluate_every == 0 or step == steps:
                 if not synchronise:
                     distributed.broadcast_buffers(module)

@@ -255,9 +255,10 @@ def groups(runs: Iterable[RunFolder]) -> list[Group]:
     return [Group(tuple(sorted(entries, key=lambda entry: entry.seed))) for entries in found.values()]
 
 
-def number(values: Any) -> float | None:
-    """The value where it is a number, which a truth value is not."""
-    return values if isinstance(values, (int, float)) and not isinstance(values, bool) else None
+def number(value: Any) -> float | None:
+    """The value where it is a finite number, which a truth value is not."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if known else None
 
 
 # ---------------------------------------------------------------------------------------------------- the paper's tables
@@ -419,6 +420,5 @@ def _kind(result: str, values: Mapping[str, Any], data: str) -> tuple[bool, tupl
     foreign = result == "linear_probe" and protocol != _protocol(data)
     remarks = [f"protocol {protocol}, not the paper's ({_protocol(data)})"] if foreign else []
     remarks += [f"preset {values['preset']}"] if values.get("preset") is not None else []
-    chosen = {key: value for key, value in values.items() if key.endswith("_on") and isinstance(value, str)}
-    remarks += [f"{key.replace('_', ' ')} {value}" for key, value in chosen.items()]  # chosen_on: val
+    remarks += [f"chosen on: {values['chosen_on']}"] if values.get("chosen_on") is not None else []
     return foreign, tuple(remarks)

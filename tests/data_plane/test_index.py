@@ -1,9 +1,11 @@
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ssl_pipeline.data.index import image_folder
+from ssl_pipeline.data.index import image_folder, read_index
 from ssl_pipeline.exits import BadInput
 
 
@@ -44,3 +46,42 @@ def test_the_digest_names_the_listing(tmp_path: Path) -> None:
     assert image_folder(tmp_path).digest() == before
     (tmp_path / "b" / "2.png").touch()
     assert image_folder(tmp_path).digest() != before
+
+
+def tar(path: Path, **members: bytes) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_shards_are_read_by_place(tmp_path: Path) -> None:
+    tar(tmp_path / "b.tar", **{"x/2.jpg": b"two", "x/2.cls": b"cat\n", "x/1.seg.png": b"no picture of a sample"})
+    tar(tmp_path / "a.tar", **{"9.cls": b"dog", "9.PNG": b"nine", "1.jpg": b"one", "1.cls": b"ant", "1.json": b"{}"})
+    found = read_index(tmp_path)
+    assert found.paths == ("a.tar/1.jpg", "a.tar/9.PNG", "b.tar/x/2.jpg")
+    assert [found.read(place).tobytes() for place in range(3)] == [b"one", b"nine", b"two"]
+    assert found.classes == ("ant", "cat", "dog")
+    assert found.labels.tolist() == [0, 2, 1]
+    some = found.select(np.array([2, 0]))
+    assert [some.read(place).tobytes() for place in range(2)] == [b"two", b"one"]
+
+
+def test_shards_of_numbered_classes_keep_their_numbers(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", **{"1.jpg": b"1", "1.cls": b"7", "2.jpg": b"2", "2.cls": b"10"})
+    found = read_index(tmp_path)
+    assert found.labels.tolist() == [7, 10]
+    assert len(found.classes) == 11
+
+
+def test_shards_that_do_not_do(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", **{"1.jpg": b"1"})
+    with pytest.raises(BadInput, match=r"a.tar': picture 1.jpg has no class file 1.cls beside it"):
+        read_index(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(BadInput, match=r"a.tar' is no tar shard that can be read"):
+        read_index(tmp_path)
+    tar(tmp_path / "a.tar", **{"readme.txt": b"1"})
+    with pytest.raises(BadInput, match="hold no pictures with class files"):
+        read_index(tmp_path)

@@ -1,4 +1,6 @@
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from ssl_pipeline import backbone, config
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.exits import BadInput
+from tests.ranks import on_ranks
 
 VIEW = config.validate(ViewSpec, {"size": 64, "ops": [{"op": "center_crop", "resize": 64}, {"op": "normalize"}]})
 
@@ -17,13 +20,87 @@ def test_features_are_the_frozen_backbones_in_the_order_of_the_ids(photos: Path,
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "r18.pth")
     options = features.Options(
-        weights=tmp_path / "r18.pth", backbone=backbone.Options(name="resnet18"), root=photos, view=VIEW, batch_size=5
+        weights=str(tmp_path / "r18.pth"),
+        backbone=backbone.Options(name="resnet18"),
+        root=photos,
+        view=VIEW,
+        batch_size=5,
     )
-    found, labels = features.extract(options, "val")
-    assert found.shape == (8, 512)
-    assert labels.tolist() == [0] * 4 + [1] * 4
-    again, _ = features.extract(options.model_copy(update={"batch_size": 8}), "val")
-    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-4)
+    found = features.extract(options, "val")
+    assert found.values.shape == (8, 512)
+    assert found.labels.tolist() == [0] * 4 + [1] * 4
+    assert found.ids.tolist() == list(range(8))
+    assert found.classes == 2
+    again = features.extract(options.model_copy(update={"batch_size": 8}), "val")
+    torch.testing.assert_close(found.values, again.values, rtol=1e-4, atol=1e-4)
+    mapped = features.extract(options.model_copy(update={"memory": 0.0}), "val")  # from a file
+    assert torch.equal(mapped.values, found.values)
+
+
+def on_this_rank(root: str) -> dict[str, torch.Tensor]:
+    options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=Path(root), view=VIEW)
+    own = features.extract(options.model_copy(update={"batch_size": 4}), "val")
+    whole = own.gathered()
+    return {"own": own.ids, "ids": whole.ids, "labels": whole.labels, "values": whole.values}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_pictures(photos: Path, ranks: int) -> None:
+    found = on_ranks(ranks, on_this_rank, str(photos))
+    one = on_this_rank(str(photos))
+    for rank, part in enumerate(found):
+        assert part["own"].tolist() == list(range(8))[rank::ranks]
+        assert torch.equal(part["ids"], one["ids"])
+        assert torch.equal(part["labels"], one["labels"])
+        torch.testing.assert_close(part["values"], one["values"], rtol=1e-4, atol=1e-4)
+
+
+def test_more_ranks_than_pictures(photos: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("china", "flower"):
+            (tmp_path / split / name).mkdir(parents=True)
+            first = min((photos / split / name).iterdir())
+            shutil.copyfile(first, tmp_path / split / name / first.name)
+    found = on_ranks(3, on_this_rank, str(tmp_path))
+    assert [part["own"].tolist() for part in found] == [[0], [1], []]
+    assert all(torch.equal(part["values"], found[0]["values"]) for part in found)
+
+
+def shards_of(folder: Path, out: Path, per_shard: int = 3, numbers: bool = False) -> None:
+    """The pictures of an image folder as WebDataset's tar shards, in the order of their names."""
+    names = sorted(folder.glob("*/*"))
+    classes = sorted({path.parent.name for path in names})
+    out.mkdir(parents=True)
+    for start in range(0, len(names), per_shard):
+        with tarfile.open(out / f"{start:06d}.tar", "w") as archive:
+            for path in names[start : start + per_shard]:
+                key = f"{path.parent.name}_{path.stem}"
+                word = str(classes.index(path.parent.name)) if numbers else path.parent.name
+                for ending, data in ((path.suffix, path.read_bytes()), (".cls", word.encode())):
+                    member = tarfile.TarInfo(key + ending)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_shards_give_the_same_features_as_the_folder(photos: Path, tmp_path: Path, numbers: bool) -> None:
+    for split in ("train", "val"):
+        shards_of(photos / split, tmp_path / "shards" / split, numbers=numbers)
+    options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=photos, view=VIEW)
+    folder = features.extract(options, "val")
+    shards = features.extract(options.model_copy(update={"root": tmp_path / "shards"}), "val")
+    assert torch.equal(folder.values, shards.values)
+    assert torch.equal(folder.labels, shards.labels)
+
+
+def test_crop_and_flip_takes_after_the_evaluation_view() -> None:
+    made = features.crop_and_flip(VIEW)
+    assert [op.op for op in made.ops] == ["crop_resize", "flip", "normalize"]
+    assert made.size == 64
+    assert made.ops[0].interpolation == "bicubic"
+    assert made.ops[0].scale == (0.08, 1.0)
+    imagenet = config.load("imagenet/barlow_twins").values["data"]["evaluation_view"]
+    assert features.crop_and_flip(config.validate(ViewSpec, imagenet)).ops[0].interpolation == "bilinear"
 
 
 def test_random_initialisation_is_the_one_that_pretraining_starts_from() -> None:
@@ -45,7 +122,7 @@ def test_sources_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is no run folder"):
         features.options(tmp_path)
     (tmp_path / "w.pth").touch()
-    with pytest.raises(BadInput, match="give --config NAME"):
+    with pytest.raises(BadInput, match="is bare weights: give --config NAME"):
         features.options(tmp_path / "w.pth")
     (tmp_path / "config.yaml").write_text(config.dump_yaml(config.load("smoke").values))
     with pytest.raises(BadInput, match=r"no backbone.pth yet"):
@@ -56,7 +133,7 @@ def test_splits_of_different_classes_are_refused(photos: Path, tmp_path: Path) -
     shutil.copytree(photos, tmp_path / "d")
     shutil.rmtree(tmp_path / "d" / "val" / "china")
     options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW)
-    with pytest.raises(BadInput, match="different class folders"):
+    with pytest.raises(BadInput, match="hold different classes"):
         features.extract(options, "val")
 
 
@@ -68,11 +145,12 @@ def test_unreadable_pictures_are_left_out_and_too_many_refused(
     options = features.Options(
         weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW, max_bad_fraction=0.2
     )
-    whole, _ = features.extract(options, "val")
+    whole = features.extract(options, "val")
     spoiled.write_bytes(b"no picture")
-    found, labels = features.extract(options, "val")
-    assert labels.tolist() == [0] * 3 + [1] * 4
-    torch.testing.assert_close(found, whole[[0, 2, 3, 4, 5, 6, 7]], rtol=1e-4, atol=1e-4)
+    found = features.extract(options, "val")
+    assert found.labels.tolist() == [0] * 3 + [1] * 4
+    assert found.ids.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    torch.testing.assert_close(found.values, whole.values[found.ids], rtol=1e-4, atol=1e-4)
     assert "is measured without 1 of 8 pictures" in caplog.text
-    with pytest.raises(BadInput, match=r"of 8 pictures .* more than data.max_bad_fraction = 0.01 .*china"):
+    with pytest.raises(BadInput, match=r"1 of 8 pictures .* more than data.max_bad_fraction = 0.01.*china"):
         features.extract(options.model_copy(update={"max_bad_fraction": 0.01}), "val")

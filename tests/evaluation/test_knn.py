@@ -66,7 +66,7 @@ def test_majority_vote_is_scikit_learns(k: int, offset: float) -> None:
     assert result[f"knn{k}_top1"] < result[f"knn{k}_top5"] <= 100 or k == 1
 
 
-@pytest.mark.parametrize("offset", [0, 1e4, 1e6])
+@pytest.mark.parametrize("offset", [0, 1e4, 1e7])
 def test_neighbours_are_those_of_the_differences(offset: float, searched_again: list[int]) -> None:
     train, test = blobs(500, 0, offset=offset), blobs(60, 1, offset=offset)
     near = knn.nearest(test.values, train, 9, train_rows=64)
@@ -105,7 +105,12 @@ def test_a_collapsed_backbone_gives_the_lowest_ids(row: float, cosine: bool, sea
     assert searched_again == [3, 3]
 
 
-def test_many_copies_of_one_row_among_others(searched_again: list[int]) -> None:
+def test_many_copies_of_one_row_among_others(searched_again: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[int] = []
+    distances: Callable = knn._distances
+    monkeypatch.setattr(
+        knn, "_distances", lambda test, of, *rest: (pairs.append(len(of)), distances(test, of, *rest))[1]
+    )
     train = blobs(900, 0)
     copies = torch.arange(5, 900, 9)
     train.values[copies] = train.values[5].clone()
@@ -113,6 +118,7 @@ def test_many_copies_of_one_row_among_others(searched_again: list[int]) -> None:
     assert near.ids[0].tolist() == copies[:3].tolist()
     assert near.ids[1, 0] == 6
     assert searched_again == [1]  # the other row was settled by its bounds
+    assert pairs == [2 * (3 + knn.SPARE), *[1] * 8]  # one copy in each of 8 chunks; all other rows are ruled out
 
 
 def test_no_bound_exceeds_its_distance() -> None:
@@ -132,7 +138,7 @@ def test_no_bound_exceeds_its_distance() -> None:
 
 
 def test_sums_do_not_depend_on_the_number_of_rows() -> None:
-    terms = torch.rand(70, 1001, dtype=torch.float64)
+    terms = torch.rand(9, 40001, dtype=torch.float64)
     assert torch.equal(knn._sum(terms), torch.cat([knn._sum(row) for row in terms.split(1)]))
     torch.testing.assert_close(knn._sum(terms), terms.sum(dim=1), rtol=1e-14, atol=0)
 

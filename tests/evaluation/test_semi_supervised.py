@@ -30,7 +30,9 @@ def test_the_keyed_choice_is_balanced_and_a_function_of_the_seed() -> None:
 
 
 def options(root: Path, **changed: Any) -> Options:
-    return Options(features=source(root, name=changed.pop("name", "digits")), percent=changed.pop("percent", 10), **changed)
+    return Options(
+        features=source(root, name=changed.pop("name", "digits")), percent=changed.pop("percent", 10), **changed
+    )
 
 
 def test_a_list_names_the_pictures(few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -43,7 +45,9 @@ def test_a_list_names_the_pictures(few_digits: Path, tmp_path: Path, caplog: pyt
     assert "is a list of your own" in caplog.text
     assert "names pictures of 3 classes of 10" in caplog.text
     (tmp_path / "other.txt").write_text("\n".join([names[0], "n01440764_10026.JPEG"]))
-    with pytest.raises(BadInput, match=r"1 of the 2 pictures of .*other.txt' are not in .*, as n01440764_10026.JPEG: give"):
+    with pytest.raises(
+        BadInput, match=r"1 of the 2 pictures of .*other.txt' are not in .*, as n01440764_10026.JPEG: give"
+    ):
         semi_supervised.subset(options(few_digits, list_path=tmp_path / "other.txt"), 0, index)
     with pytest.raises(BadInput, match="no list 'nowhere.txt' of labelled pictures"):
         semi_supervised.subset(options(few_digits, list_path=Path("nowhere.txt")), 0, index)
@@ -55,7 +59,9 @@ def test_imagenets_lists_are_simclrs_checked_and_never_fetched(
     monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
     index = read_index(few_digits / "train")
     imagenet = options(few_digits, name="imagenet", percent=1)
-    with pytest.raises(BadInput, match=r"no list of ImageNet's 1 %: take imagenet_subsets/1percent.txt .*b61c91b8.* --list"):
+    with pytest.raises(
+        BadInput, match=r"no list of ImageNet's 1 %: take imagenet_subsets/1percent.txt .*b61c91b8.* --list"
+    ):
         semi_supervised.subset(imagenet, 0, index)
     text = "\n".join(path.rpartition("/")[2] for path in index.paths[::16]).encode()
     (tmp_path / "1percent.txt").write_bytes(text)
@@ -88,7 +94,9 @@ def test_a_sweep_chooses_on_held_out_labels_and_then_trains_on_all(few_digits: P
     assert semi_supervised.run(asked, on_val, "barlow_twins", tmp_path)[0]["chosen_on"] == "val"
 
 
-def test_the_default_sweep_surrounds_the_preset(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_sweep_surrounds_the_preset(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def noted(options: Any, recipe: Any, rates: tuple[float, float], *_: Any) -> Any:
@@ -97,7 +105,9 @@ def test_the_default_sweep_surrounds_the_preset(few_digits: Path, tmp_path: Path
         return [{"epoch": 1, "held_out": {"top1": [top1]}, "val": {"top1": [50.0], "top5": [60.0]}}], "folder"
 
     monkeypatch.setattr(semi_supervised, "_fine_tune", noted)
-    result, _ = semi_supervised.run(options(few_digits, percent=50, sweep=True), tuning_recipe(), "barlow_twins", tmp_path)
+    result, _ = semi_supervised.run(
+        options(few_digits, percent=50, sweep=True), tuning_recipe(), "barlow_twins", tmp_path
+    )
     assert tried[:-1] == [(b, h) for b in (0.0025, 0.005, 0.01) for h in (0.25, 0.5, 1.0)]
     assert tried[-1] == (0.0025, 1.0)
     assert (result["backbone_rate"], result["learning_rate"]) == (0.0025, 1.0)

@@ -237,7 +237,9 @@ def test_stopped_and_resumed_is_not_stopped(
     with monkeypatch.context() as patched:
         stop_after(steps, patched)
         if steps < 10:
-            with pytest.raises(Stop, match=f"stopped by a signal after step {steps} of 10; the same command") as stopped:
+            with pytest.raises(
+                Stop, match=f"stopped by a signal after step {steps} of 10; the same command"
+            ) as stopped:
                 run_probe(few_digits, tmp_path / "cut")
             assert stopped.value.status == Status.STOPPED
     result, resumed = run_probe(few_digits, tmp_path / "cut")
@@ -285,7 +287,9 @@ def test_the_backbone_is_frozen(few_digits: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_what_cannot_work_is_said(few_digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"160 labelled pictures are fewer than recipe.batch_size = 256: give .*=160 or less"):
+    with pytest.raises(
+        BadInput, match=r"160 labelled pictures are fewer than recipe.batch_size = 256: give .*=160 or less"
+    ):
         run_probe(few_digits, tmp_path, batch_size=256)
     with pytest.raises(BadInput, match=r"recipe.batch_size = 32 cannot be divided by 3 ranks"):
         supervised.require_possible(probe_recipe(), 100, 3)
