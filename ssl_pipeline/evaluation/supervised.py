@@ -45,7 +45,8 @@ class Recipe(config.Options):
 
     epochs: int = Field(gt=0)
     batch_size: int = Field(256, gt=0)
-    """Over all ranks. The last pictures of an epoch that do not fill a batch wait for the next one's order."""
+    """Over all ranks, at most; all pictures where there are fewer. Pictures that do not fill the last batch of an epoch are
+    left out of it."""
     optim: OptimOptions
     """`learning_rate` and `weight_decay` are the classifier's."""
     head_init: Literal["normal", "zero"] = "normal"
@@ -147,19 +148,22 @@ def folder(parent: Path, name: str, facts: Mapping[str, Any]) -> RunFolder:
     return RunFolder(parent / "evaluations" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
-def require_possible(recipe: Recipe, samples: int, ranks: int) -> None:
-    """Raises BadInput where batch size, ranks, pictures and warm-up do not go together."""
+def possible_batch(recipe: Recipe, samples: int, ranks: int) -> int:
+    """The recipe's batch size or, where there are fewer pictures, the most that the ranks can share.
+
+    Raises BadInput where batch size, ranks, pictures and warm-up do not go together.
+    """
     batch = recipe.batch_size
     if batch % ranks:
         raise BadInput(
             f"recipe.batch_size = {batch} cannot be divided by {ranks} ranks: start another number of processes"
         )
-    if samples < batch:
-        raise BadInput(
-            f"{samples} labelled pictures are fewer than recipe.batch_size = {batch}: give recipe.batch_size={samples} or less"
-        )
+    if samples < ranks:
+        raise BadInput(f"{samples} labelled pictures are fewer than {ranks} ranks: start fewer processes")
+    batch = min(batch, samples // ranks * ranks)
     if optim.warmup_length(recipe.optim, samples // batch) >= samples // batch * recipe.epochs:
         raise BadInput("the warm-up does not end within the training: lower recipe.optim.warmup_steps or warmup_epochs")
+    return batch
 
 
 def fit(
@@ -227,15 +231,17 @@ def _fit(
 ) -> History:
     device = world.device
     view = source.labelled_view or crop_and_flip(source.view)
-    distributed.together(lambda: require_possible(recipe, len(train), world.size))
-    data = _loader(train, view, recipe.batch_size, recipe.seed, source, world)
+    batch_size = distributed.together(lambda: possible_batch(recipe, len(train), world.size))
+    if batch_size < recipe.batch_size:
+        log.warning("%d labelled pictures: the batch is of %d, not %d", len(train), batch_size, recipe.batch_size)
+    data = _loader(train, view, batch_size, recipe.seed, source, world)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = distributed.wrap(module, device, synchronise)
     trained = module.trained
     optimizer = optim.build(
         [{"decay": True, "adapt": True, "lr": "scheduled", **group} for group in groups],
         recipe.optim,
-        recipe.batch_size,
+        batch_size,
     )
     half = torch.bfloat16 if recipe.precision == "bf16" else None
     steps = len(data) * recipe.epochs
@@ -254,7 +260,7 @@ def _fit(
         run.metrics,
         run.tensorboard,
         world,
-        recipe.batch_size,
+        batch_size,
         steps,
         start_step=step,
     )

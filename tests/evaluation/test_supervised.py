@@ -286,16 +286,17 @@ def test_the_backbone_is_frozen(few_digits: Path, tmp_path: Path, monkeypatch: p
         run_probe(few_digits, tmp_path / "moved")
 
 
-def test_what_cannot_work_is_said(few_digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInput, match=r"160 labelled pictures are fewer than recipe.batch_size = 256: give .*=160 or less"
-    ):
-        run_probe(few_digits, tmp_path, batch_size=256)
+def test_few_pictures_are_one_batch(few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, history = run_probe(few_digits, tmp_path, batch_size=256)
+    assert len(history) == 2
+    assert "160 labelled pictures: the batch is of 160, not 256" in caplog.text
+    assert supervised.possible_batch(probe_recipe(batch_size=256), 163, 8) == 160
+    with pytest.raises(BadInput, match="3 labelled pictures are fewer than 4 ranks"):
+        supervised.possible_batch(probe_recipe(), 3, 4)
     with pytest.raises(BadInput, match=r"recipe.batch_size = 32 cannot be divided by 3 ranks"):
-        supervised.require_possible(probe_recipe(), 100, 3)
-    late = {"name": "sgd", "warmup_steps": 10}
+        supervised.possible_batch(probe_recipe(), 100, 3)
     with pytest.raises(BadInput, match="the warm-up does not end"):
-        supervised.require_possible(probe_recipe(optim=late), 160, 1)
+        supervised.possible_batch(probe_recipe(optim={"name": "sgd", "warmup_steps": 10}), 160, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- presets

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, read_lines
 from tests.slurm.conftest import REPOSITORY, TWO_BY_TWO, Cluster, recipe, same, starts
 
 pytestmark = pytest.mark.slurm
@@ -54,11 +56,11 @@ def test_an_experiment_with_one_evaluation_that_fails(cluster: Cluster, few_digi
     (run / "results" / "knn.json" / "in the way").mkdir(parents=True)  # so that k-nn cannot write its result
     told = cluster.tell("ssl-pipeline", "experiment", *recipe(few_digits, 20), "--output", run, "--time", 5)
     jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
-    assert list(jobs) == ["pretrain", "knn", "linear-probe", "report"]
+    assert list(jobs) == ["pretrain", "knn", "linear-probe", "semi-supervised-1", "semi-supervised-10", "report"]
     assert "PENDING (Dependency)" in cluster.tell("ssl-pipeline", "status", run)
     assert cluster.wait(jobs["report"]) == "COMPLETED"
     ends = {verb: cluster.state(job) for verb, job in jobs.items()}
-    assert ends == {"pretrain": "COMPLETED", "knn": "FAILED", "linear-probe": "COMPLETED", "report": "COMPLETED"}
+    assert ends == {**dict.fromkeys(jobs, "COMPLETED"), "knn": "FAILED"}
     assert json.loads((run / "results" / "linear_probe.json").read_text())["linear_top1"] > 10
     assert "linear_top1" in (run / "report.html").read_text()
     # The failed one again, alone, by the line that was printed.
@@ -70,6 +72,40 @@ def test_an_experiment_with_one_evaluation_that_fails(cluster: Cluster, few_digi
     assert json.loads((run / "results" / "knn.json").read_text())["knn5_top1"] > 10
 
 
+def reached(evaluations: Path, epoch: int) -> bool:
+    rows = [row for path in evaluations.glob("*/metrics.jsonl") for row in read_lines(path)]
+    return any(row["epoch"] >= epoch for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("linear_probe", ("--protocol", "imagenet", "recipe.learning_rates=[0.1, 0.3]", "recipe.choose_on=val")),
+        ("semi_supervised", ("--percent", "50")),
+    ],
+)
+def test_training_on_labels_is_preempted_and_goes_on(
+    cluster: Cluster, quiet: Path, script: str, words: tuple[str, ...]
+) -> None:
+    """Two tasks; what it comes to is what one that nothing disturbed comes to, to the last bit."""
+    found = []
+    for disturbed in (False, True):
+        copy = shutil.copytree(quiet, cluster.folder / str(disturbed), ignore=shutil.ignore_patterns("evaluations"))
+        two = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=5", "--signal=USR2@30")
+        job = cluster.sbatch(*two, f"slurm/{script}.sh", copy, *words, "recipe.batch_size=16", "recipe.epochs=12")
+        if disturbed:
+            cluster.until(partial(reached, copy / "evaluations", 3), "the third epoch")
+            cluster.wait(cluster.preempt())
+        assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+        assert (f"requeued job {job}" in cluster.output(job)) == disturbed
+        (folder,) = (copy / "evaluations").iterdir()
+        assert len(starts(RunFolder(folder).path)) == 1 + disturbed
+        found.append(json.loads((folder / "history.json").read_text()))
+        assert len(RunFolder(copy).read_results()) == 1
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+
+
 def test_evaluations_of_a_pretraining_that_failed_do_not_wait_for_ever(cluster: Cluster, few_digits: Path) -> None:
     run = cluster.folder / "run"
     too_many = "checkpoint.keep=1000000000"  # for which no disk has room: found inside the job, before its first step
@@ -77,7 +113,7 @@ def test_evaluations_of_a_pretraining_that_failed_do_not_wait_for_ever(cluster: 
     jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
     assert cluster.wait(jobs["pretrain"]) == "FAILED"
     assert "ExitCode=77:0" in cluster.tell("scontrol", "-o", "show", "job", jobs["pretrain"])
-    assert [cluster.wait(jobs[verb]) for verb in ("knn", "linear-probe")] == ["CANCELLED", "CANCELLED"]
+    assert {cluster.wait(jobs[name]) for name in jobs if name not in ("pretrain", "report")} == {"CANCELLED"}
     cluster.wait(jobs["report"])
 
 

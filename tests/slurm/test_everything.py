@@ -97,7 +97,8 @@ def test_preempted_while_it_starts(cluster: Cluster, quiet: Path, few_digits: Pa
 
 def test_an_evaluation_that_is_preempted_starts_again(cluster: Cluster, quiet: Path) -> None:
     for script, wanted in (("knn", "knn5_top1"), ("linear_probe", "linear_top1")):
-        job = cluster.sbatch("--cpus-per-task=1", "--time=5", f"slurm/{script}.sh", quiet)
+        one = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=5")
+        job = cluster.sbatch(*one, f"slurm/{script}.sh", quiet)
         cluster.wait(job, "RUNNING")
         time.sleep(1.5)
         cluster.wait(cluster.preempt())
@@ -107,7 +108,7 @@ def test_an_evaluation_that_is_preempted_starts_again(cluster: Cluster, quiet: P
 
 
 def test_by_submitit_too(cluster: Cluster, quiet: Path) -> None:
-    told = cluster.tell("ssl-pipeline", "launch", "linear-probe", quiet, "--time", 5)
+    told = cluster.tell("ssl-pipeline", "launch", "knn", quiet, "--time", 5)
     job = re.search(r"submitted job (\d+)", told).group(1)
     log = quiet / "logs" / f"{job}_0_log.out"
     cluster.until(lambda: log.is_file() and "Loading pickle" in log.read_text(), "the evaluation to start")
@@ -258,7 +259,7 @@ def test_backbones_are_evaluated_beside_the_training(cluster: Cluster, few_digit
     assert sorted(path.name for path in (run / "backbones").glob("*.pth")) == ["epoch_0002.pth", "epoch_0004.pth"]
     results = RunFolder(run).read_results()
     names = {f"{verb}_{epoch}" for verb in ("knn", "linear_probe") for epoch in ("epoch_0002", "epoch_0004")}
-    assert set(results) == {"knn", "linear_probe", *names}
+    assert set(results) == {"knn", "linear_probe", "semi_supervised_1percent", "semi_supervised_10percent", *names}
     assert results["knn"]["knn5_top1"] == results["knn_epoch_0004"]["knn5_top1"]
     submitted = [event for event in RunFolder(run).events() if event["event"] == "submitted" and "source" in event]
     assert len(submitted) == 4  # each once
@@ -274,4 +275,5 @@ def test_evaluations_wait_for_a_pretraining_that_is_requeued(cluster: Cluster, f
     assert cluster.wait(jobs["report"], seconds=240) == "COMPLETED"
     assert {verb: cluster.state(job) for verb, job in jobs.items()} == dict.fromkeys(jobs, "COMPLETED")
     assert len(starts(run)) == 2
-    assert set(RunFolder(run).read_results()) == {"knn", "linear_probe"}
+    few = {"semi_supervised_1percent", "semi_supervised_10percent"}
+    assert set(RunFolder(run).read_results()) == {"knn", "linear_probe", *few}
