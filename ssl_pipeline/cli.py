@@ -84,6 +84,12 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     run = _run_of(args.source)
     own = [text.removeprefix("recipe.") for text in args.overrides if text.startswith("recipe.")]
     rest = [text for text in args.overrides if not text.startswith("recipe.")]
+    for text in rest:
+        if not text.startswith(("data.", "backbone.", "seed=")):
+            raise BadInput(
+                f"{text.partition('=')[0]!r} does not change an evaluation: give data.*, backbone.* or seed of the run, or "
+                "recipe.* of the evaluation, as in recipe.epochs=50"
+            )
     tree = None
     if args.config is not None:
         tree = config.load(args.config, rest)
@@ -102,11 +108,18 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     into = RunFolder(args.output) if args.output else run
     verb = args.verb.replace("-", "_")
     end = ("_random_init" if args.random_init else "") + (f"_{args.source.stem}" if args.source.is_file() else "")
-    end += f"@{source.name}" if args.data is not None else ""
+    trained_on = run.read_config().get("data", {}).get("name") if run is not None else source.name
+    end += f"@{source.name}" if args.data is not None or source.name != trained_on else ""
+    if args.output is not None and into is not None and into.config.is_file():
+        owner = into.read_config().get("method", {}).get("name")
+        if owner != str(args.source) and (run is None or into.path.resolve() != run.path.resolve()):
+            raise BadInput(
+                f"--output {str(args.output)!r} holds results of {owner!r}: name another folder for {args.source}"
+            )
     if args.verb == "knn":
         if own:
             raise BadInput(f"knn has no recipe.{own[0]}: it takes --k and --temperature")
-        return _Evaluation(source, into, verb + end)
+        return _Evaluation(source, into, verb + (f"_k{args.k}" if args.k != 5 else "") + end)
 
     def recipe(model, folder, preset):  # type: ignore[no-untyped-def]
         tree = config.Tree()
@@ -144,7 +157,7 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
         if options.list_path is None:
             semi_supervised.known_list(source.name, args.percent)
         name = f"semi_supervised_{args.percent:g}percent{'_sweep' if args.sweep else ''}{end}"
-        found = _Evaluation(source, into, name, made, "", preset, options)
+        found = _Evaluation(source, into, name, made, "fine-tuning", preset, options)
     if into is None:
         raise BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
     return found
@@ -184,7 +197,11 @@ def _tell(args: argparse.Namespace, asked: _Evaluation, result: dict[str, Any]) 
             backbone = asked.features.backbone.model_dump(mode="json")
             data = {"name": asked.features.name, "root": str(asked.features.root)}
             into.describe({"method": {"name": str(args.source)}, "backbone": backbone, "data": data})
-        measured = {"weights": asked.features.weights, "data_root": str(asked.features.root)}
+        measured: dict[str, Any] = {"weights": asked.features.weights, "data_root": str(asked.features.root)}
+        measured["data_name"] = asked.features.name
+        if asked.recipe is not None:
+            measured["recipe"] = asked.recipe.model_dump(mode="json")
+            measured["changed"] = [text[len("recipe.") :] for text in args.overrides if text.startswith("recipe.")]
         print(f"written to {into.write_result(asked.name, {**result, **measured})}")
     return Status.DONE
 
@@ -323,8 +340,11 @@ def launch(args: argparse.Namespace) -> int:
             RunFolder(source).read_config()
         else:
             asked = _evaluation(inner)  # raises here what the job would raise hours later
-            if asked.recipe is not None and resources.ranks > 1 and hasattr(asked.recipe, "batch_size"):
-                _require_divisible(asked.recipe.batch_size, resources.ranks)
+            if asked.protocol in ("imagenet", "fine-tuning") and asked.recipe.batch_size % resources.ranks:
+                batch = asked.recipe.batch_size
+                raise BadInput(
+                    f"recipe.batch_size = {batch} cannot be divided by {resources.ranks} processes: ask for others"
+                )
         runs = [run] if (run := _run_of(source)) is not None else []
         folder = (runs[0].path if runs else getattr(inner, "output", None) or source.parent) / "logs"
         jobs = [launch.Job(args.words)]
@@ -337,11 +357,6 @@ def launch(args: argparse.Namespace) -> int:
     submitted = launch.submit(jobs, resources, inner.verb, folder, runs[0] if runs else None, **recorded)
     print(launch.follow(submitted, resources, folder, runs))
     return Status.DONE
-
-
-def _require_divisible(batch: int, ranks: int) -> None:
-    if batch % ranks:
-        raise BadInput(f"recipe.batch_size = {batch} cannot be divided by {ranks} processes: ask for another number")
 
 
 def requeue(args: argparse.Namespace) -> int:
@@ -429,7 +444,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def add(name: str, action: Verb) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, allow_abbrev=False)
+        told = (action.__doc__ or "").replace("%", "%%")  # argparse formats it
+        verb = verbs.add_parser(name, help=told, description=action.__doc__, allow_abbrev=False)
         verb.set_defaults(action=action, overrides=None)
         return verb
 

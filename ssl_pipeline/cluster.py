@@ -128,7 +128,7 @@ def status(run: RunFolder) -> str:
     last = all_starts[-1] if all_starts else None
     starts = [event for event in all_starts if event["step"] < event["steps"]]  # not those that found it finished
     saved = saved_steps(run.checkpoints)
-    metrics = [row for row in read_lines(run.metrics) if "loss" in row]
+    metrics = [row for row in read_lines(run.metrics) if "images_per_second" in row]
     lines = [f"{run.path}: {_state(run, events, last, saved)}"]
     if last and metrics:
         row = metrics[-1]

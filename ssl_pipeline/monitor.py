@@ -89,7 +89,7 @@ class Monitor:
         values = torch.stack([value.detach().float() for value in logs.values()])
         kept = torch.where(finite, values, torch.zeros_like(values))
         row = torch.cat([kept, torch.stack([finite.float(), (~finite).float()])])
-        if self._sums is None:
+        if self._sums is None or self._names != list(logs):  # resumed with something more to measure
             self._names = list(logs)
             self._sums = row
         else:

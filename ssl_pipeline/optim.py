@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_pipeline import config
@@ -50,6 +50,12 @@ class Options(config.Options):
     drop_epochs: list[int] = [50, 25]
     """Epochs before the end."""
     drop_factor: float = Field(0.2, gt=0)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Options:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0: give momentum, or nesterov=false")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------- rates

@@ -52,6 +52,8 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    for other in SLURM_SIGNALS:
+        signal.signal(other, _note)  # a second one must not take the exit status
     stop = Stop(f"stopped by {signal.Signals(number).name}; the same command starts again")
     stop.status = Status.STOPPED
     raise stop

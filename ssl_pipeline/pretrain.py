@@ -26,7 +26,7 @@ from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Loader, require_dali
 from ssl_pipeline.data.loader import Options as DataOptions
-from ssl_pipeline.evaluation.online import Online
+from ssl_pipeline.evaluation.online import Online, validation_pictures
 from ssl_pipeline.evaluation.online import Options as OnlineOptions
 from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.head import Options as HeadOptions
@@ -180,7 +180,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     model = distributed.wrap(method, device)
     optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
     width = backbone.width(method.backbone)
-    online = Online(options.online, options.data, width, options.backbone, index, options.seed, world)
+    val = distributed.together(lambda: validation_pictures(options.online, options.data))
+    online = Online(options.online, options.data, width, options.backbone, index, val, options.seed, world)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format

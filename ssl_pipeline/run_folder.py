@@ -130,9 +130,12 @@ class RunFolder:
         return values
 
     def write_result(self, name: str, values: Mapping[str, Any]) -> Path:
-        """Write results/<name>.json."""
+        """Write results/<name>.json; another result that stood there is appended to results/superseded.jsonl."""
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{name}.json"
+        if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8"))) != values:
+            with (self.results / "superseded.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, **old}) + "\n")
         partial = self.results / f".{name}.json.partial"
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)

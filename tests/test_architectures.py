@@ -23,6 +23,7 @@ def chosen(root: Path, name: str, *overrides: str) -> PretrainConfig:
     return options(root, *(f"backbone.{word.replace(': ', '=', 1)}" for word in words), *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", ["true", "false"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_stopped_and_resumed_is_not_stopped_and_the_backbone_is_what_was_trained(

@@ -10,7 +10,7 @@ import pytest
 
 from ssl_pipeline import cli, config
 from ssl_pipeline.exits import Status
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, read_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +74,7 @@ def test_config_prints_values_origins_and_consequences(
     assert "imagenet/barlow_twins_sparsehead" in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_pretrain_then_evaluate_a_run_and_a_bare_file(few_digits: Path, command: Callable, tmp_path: Path) -> None:
     done = command(
         "pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "--output", "run", "max_steps=3"
@@ -81,7 +82,7 @@ def test_pretrain_then_evaluate_a_run_and_a_bare_file(few_digits: Path, command:
     assert done.returncode == 0, done.stderr
     done = command("knn", "run", "--k", "3")
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "results" / "knn.json").read_text())
+    result = json.loads((tmp_path / "run" / "results" / "knn_k3.json").read_text())
     assert {"knn3_top1", "knn3_top5"} <= result.keys()
     assert f"knn3_top1: {result['knn3_top1']:.2f} %" in done.stdout
     bare = command("knn", "run/backbone.pth", "--config", "smoke", f"data.root={few_digits}", "--k", "3")
@@ -124,7 +125,11 @@ def test_linear_probe_by_each_protocol(small_run: Path, capsys: pytest.CaptureFi
     assert called("linear-probe", small_run, "--protocol", "logistic", "recipe.c=[1.0]") == Status.DONE
     assert result_of(small_run, "linear_probe_logistic")["c"] == 1.0
     assert called("linear-probe", small_run, "recipe.epochs=2", "data.protocol=small") == Status.DONE
-    assert result_of(small_run, "linear_probe")["protocol"] == "small"
+    found = result_of(small_run, "linear_probe")
+    assert (found["protocol"], found["changed"], found["recipe"]["epochs"]) == ("small", ["epochs=2"], 2)
+    assert called("linear-probe", small_run, "recipe.epochs=3") == Status.DONE
+    (superseded,) = read_lines(small_run / "results" / "superseded.jsonl")
+    assert superseded == {"name": "linear_probe", **found}
 
 
 def test_semi_supervised_keeps_its_list(small_run: Path) -> None:
@@ -164,8 +169,16 @@ def test_transfer_and_a_backbone_that_is_no_run(small_run: Path, photos: Path, t
         ),
         (
             ["linear-probe", "RUN", "recipe.epoch=3"],
-            "unknown key `recipe.epoch` (command line); the nearest is `recipe.epochs`",
+            "unknown key `recipe.epoch`; the nearest is `recipe.epochs`",
         ),
+        (["linear-probe", "RUN", "epochs=3"], "'epochs' does not change an evaluation"),
+        (["knn", "RUN", "seed=abc"], "`seed` = 'abc'"),
+        (["linear-probe", "RUN", "--protocol", "imagenet", "recipe.learning_rates=[-1]"], "greater than 0"),
+        (
+            ["linear-probe", "RUN", "--protocol", "imagenet", "--preset", "simclr", "recipe.optim.momentum=0"],
+            "nesterov needs",
+        ),
+        (["knn", "timm:resnet18.a1_in1k", "--config", "smoke", "--output", "RUN"], "holds results of"),
         (["linear-probe", "RUN", "--data", "nowhere"], "--data 'nowhere' is no folder"),
         (["knn", "RUN", "recipe.k=3"], "knn has no recipe.k=3: it takes --k and --temperature"),
         (["semi-supervised", "RUN", "--percent", "0"], "`percent` = 0.0"),

@@ -25,7 +25,7 @@ def test_the_whole_way(few_digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert list(summary[key]) == ["knn5", "linear", "linear_1_per_class", "linear_10_per_class"]
         assert all(0 <= value <= 100 for value in summary[key].values())
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3  # the loss, light and dark, and the views
+    assert page.count("data:image/png;base64,") == 5  # loss and accuracy, light and dark, and the views
     assert "://" not in page
     assert f"{summary['pretrained']['knn5']:.2f}" in page
     assert "barlow_twins + SparseHead" in page

@@ -53,6 +53,7 @@ def test_the_lead_follows_the_time() -> None:
         "24:00:00",
         "2:00:00",
         "8:00:00",
+        "4:00:00",
         "1:00:00",
     ]
     with pytest.raises(BadInput, match="--signal-lead 1500 is too long for knn in a slot of 2:00:00"):
@@ -79,7 +80,7 @@ def test_the_script_asks_for_what_was_given() -> None:
 def test_without_a_time_the_slot_is_a_day(here: Callable, few_digits: Path) -> None:
     words = ("smoke", f"data.root={few_digits}", "data.batch_size=16", "--output", "r", "--dry-run")
     assert "#SBATCH --time=1440\n" in here("launch", "pretrain", *words)[1]
-    assert re.findall(r"--time=(\d+)", here("experiment", *words)[1]) == ["1440", "120", "480", "60"]
+    assert re.findall(r"--time=(\d+)", here("experiment", *words)[1]) == ["1440", "120", "480", "240", "240", "60"]
 
 
 def test_a_refusal_by_slurm_names_what_is_queued_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_a_refusal_by_slurm_names_what_is_queued_already(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(launch, "submit", submit)
     with pytest.raises(BadInput, match=r"already submitted: 5 6 \(scancel them, or let them run\)"):
-        launch.experiment(RunFolder(tmp_path), launch.Resources())
+        launch.experiment(RunFolder(tmp_path), launch.Resources(), {})
 
 
 def test_a_pickled_job_holds_words_alone(tmp_path: Path) -> None:
@@ -152,10 +153,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     [
         (["launch"], "launch what?"),
         (["launch", "config", "smoke"], "'config' is no job; launch pretrain, report, knn, linear-probe"),
-        (["launch", "pretrain", "smoke", "--output", "r", "data.sed=1"], "the nearest is `data.threads`"),
+        (["launch", "pretrain", "smoke", "--output", "r", "data.thread=1"], "the nearest is `data.threads`"),
         (["launch", "pretrain", "smoke", "--output", "r", "--nodes", "3"], "cannot be divided by 3 ranks"),
         (["launch", "knn", "nowhere"], "'nowhere' is neither a run folder nor a file of weights"),
-        (["launch", "knn", ".", "--nodes", "2"], "knn is one process"),
+        (["launch", "report", ".", "--nodes", "2"], "report is one process"),
         (["launch", "pretrain", "smoke", "--output", "r", "--array", "seed"], "is not of the form key.sub=v1,v2"),
         (["launch", "knn", ".", "--array", "seed=1,2"], "--array varies the options of pretraining"),
         (["launch", "pretrain", "smoke", "--output", "r", "--cluster", "local", "--nodes", "2"], "has one node"),
@@ -224,7 +225,9 @@ def test_a_job_that_failed_says_so_in_the_status(here: Callable, few_digits: Pat
     assert "failed with status 2; why: run/logs/77_0_log.out" in here("status", "run")[1]
 
 
-def test_a_dry_run_prints_scripts_and_makes_nothing(here: Callable, few_digits: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_scripts_and_makes_nothing(
+    here: Callable, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = ("--nodes", 4, "--gpus-per-node", 8, "--time", "24:00:00", "--dry-run")
     words = ("smoke", f"data.root={few_digits}", "data.batch_size=32", "--output", "r")
     status, stdout, stderr = here("launch", "pretrain", *words, *full)
@@ -235,10 +238,16 @@ def test_a_dry_run_prints_scripts_and_makes_nothing(here: Callable, few_digits: 
         "pretrain",
         "knn",
         "linear-probe",
+        "semi-supervised-1",
+        "semi-supervised-10",
         "report",
     ]
-    assert stdout.count("#SBATCH --dependency=afterok:PRETRAIN") == 2
-    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "1"]
+    assert stdout.count("#SBATCH --dependency=afterok:PRETRAIN") == 4
+    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "1", "8", "8"]
+    monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
+    stdout = here("experiment", *words, "data.name=imagenet", "data.protocol=imagenet", *full)[1]
+    assert "# semi-supervised-1 is left out: no list of ImageNet's 1 %" in stdout
+    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "8"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,7 +325,9 @@ def test_an_experiment_on_this_machine(command: Callable, few_digits: Path, tmp_
     done = command("experiment", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "run/report.html"
-    assert set(RunFolder(tmp_path / "run").read_results()) == {"knn", "linear_probe"}
+    assert set(RunFolder(tmp_path / "run").read_results()) == {
+        "knn", "linear_probe", "semi_supervised_1percent", "semi_supervised_10percent",
+    }  # fmt: skip
     assert "linear_top1" in (tmp_path / "run" / "report.html").read_text()
 
 

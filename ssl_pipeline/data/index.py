@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tarfile
@@ -52,8 +53,10 @@ class Index:
 
 
 def read_index(root: Path) -> Index:
-    """The index of a folder of class folders, or of one of tar shards. Raises BadInput as `image_folder` and `shards`."""
-    return shards(root) if root.is_dir() and any(root.glob("*.tar")) else image_folder(root)
+    """The index of a folder of class folders or, where it has none, of tar shards. Raises BadInput as these do."""
+    if root.is_dir() and not class_names(root) and any(root.glob("*.tar")):
+        return shards(root)
+    return image_folder(root)
 
 
 def image_folder(root: Path, *, option: str = "data.root") -> Index:
@@ -82,10 +85,12 @@ def image_folder(root: Path, *, option: str = "data.root") -> Index:
     return Index(root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(classes))
 
 
+@functools.cache
 def shards(root: Path) -> Index:
     """The index of `root/*.tar` in WebDataset's layout: a picture NAME.jpg and its class in NAME.cls, one line of text.
 
-    Classes that are whole numbers are labels as they stand; others are numbered in the order of their sorted names.
+    Read once in a process. Classes that are whole numbers are labels as they stand; others are numbered in the order of
+    their sorted names.
     Raises BadInput where a shard cannot be read or a picture has no class.
     """
     paths: list[str] = []
@@ -116,10 +121,16 @@ def shards(root: Path) -> Index:
         raise BadInput(f"the shards in {str(root)!r} hold no pictures with class files")
     if all(word.isdecimal() for word in words):
         labels = [int(word) for word in words]
+        if max(labels) >= 100 * len(set(labels)) + 1000:
+            raise BadInput(
+                f"the class numbers in {str(root)!r} reach {max(labels)} for {len(set(labels))} classes: number them from 0, or "
+                "give names that are no numbers"
+            )
         names = [str(number) for number in range(max(labels) + 1)]
     else:
         names = sorted(set(words))
-        labels = [names.index(word) for word in words]
+        places = {name: place for place, name in enumerate(names)}
+        labels = [places[word] for word in words]
     return Index(
         root, tuple(paths), np.asarray(labels, dtype=np.int64), tuple(names), np.asarray(spans, dtype=np.int64)
     )

@@ -269,6 +269,12 @@ class Loader:
         else:
             self._next = (epoch + 1, 0) if self.training else None
 
+    def close(self) -> None:
+        """Give back the pipeline and the threads; the loader is not used again, but for what it counted."""
+        self._discard()
+        self._reader_pool.shutdown(wait=False)
+        self._assembler.shutdown(wait=False)
+
     def _discard(self) -> None:
         """Forget what was made ahead."""
         for future in self._ahead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import CenterCrop, CropResize, Flip, ViewSpec
 from ssl_pipeline.data.index import Index, class_names, read_index
 from ssl_pipeline.data.loader import Loader
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.run_folder import RunFolder
 
 log = logging.getLogger("ssl_pipeline")
@@ -72,18 +73,19 @@ def options(source: Path, values: Mapping[str, Any] | None = None, random_init: 
         raise BadInput(f"{source} is bare weights: give --config NAME for the data set and its evaluation view")
     described = named or (backbones.options_beside(Path(weights)) if not random_init else None)
     data = config.validate(loader.Options, values.get("data", {}), prefix="data.")
-    return Options(
-        weights=None if random_init else weights,
-        seed=int(values.get("seed", 0)),
-        backbone=described or config.validate(backbones.Options, values.get("backbone", {}), prefix="backbone."),
-        root=data.root,
-        name=data.name,
-        view=data.evaluation_view,
-        labelled_view=data.labelled_view,
-        max_bad_fraction=data.max_bad_fraction,
-        threads=data.threads,
-        readers=data.readers,
-    )
+    found = {
+        "weights": None if random_init else weights,
+        "seed": values.get("seed", 0),
+        "backbone": described or config.validate(backbones.Options, values.get("backbone", {}), prefix="backbone."),
+        "root": data.root,
+        "name": data.name,
+        "view": data.evaluation_view,
+        "labelled_view": data.labelled_view,
+        "max_bad_fraction": data.max_bad_fraction,
+        "threads": data.threads,
+        "readers": data.readers,
+    }
+    return config.validate(Options, found)
 
 
 def network(options: Options) -> nn.Module:
@@ -105,16 +107,21 @@ def crop_and_flip(view: ViewSpec) -> ViewSpec:
 
 def pictures(options: Options, split: str) -> Index:
     """The labelled pictures of `split`. Raises BadInput where train and val do not have the same classes."""
-    index = read_index(options.root / split)
+    return pictures_of(options.root, split)
+
+
+def pictures_of(root: Path, split: str) -> Index:
+    """The labelled pictures of root/split, as `pictures`."""
+    index = read_index(root / split)
     for other in ("train", "val"):
-        folder = options.root / other
+        folder = root / other
         if other == split or not folder.is_dir():
             continue
         names = class_names(folder) if index.spans is None else list(read_index(folder).classes)
         numbered = index.spans is not None and all(name.isdecimal() for name in [*names, *index.classes])
         if names != list(index.classes) and not numbered:
             raise BadInput(
-                f"{str(folder)!r} and {str(options.root / split)!r} hold different classes, so their labels would not mean "
+                f"{str(folder)!r} and {str(root / split)!r} hold different classes, so their labels would not mean "
                 "the same: give both the same ones"
             )
     return index
@@ -164,7 +171,7 @@ def features_of(model: nn.Module, index: Index, options: Options, world: distrib
     data = Loader(
         index,
         [options.view],
-        max(options.batch_size, world.size),
+        max(options.batch_size // world.size, 1) * world.size,
         seed=0,
         world=world,
         threads=options.threads,
@@ -172,7 +179,8 @@ def features_of(model: nn.Module, index: Index, options: Options, world: distrib
         training=False,
     )
     count = len(range(world.rank, len(index), world.size))
-    values: Tensor | None = None
+    width = backbones.width(model)
+    values = distributed.together(lambda: _room(count, width, options.memory))
     labels = torch.empty(count, dtype=torch.int64)
     ids = torch.empty(count, dtype=torch.int64)
     filled = 0
@@ -180,17 +188,14 @@ def features_of(model: nn.Module, index: Index, options: Options, world: distrib
         wanted = data.ids(0, step)
         itself = torch.from_numpy(batch.ids == wanted)  # false where another stands in for an unreadable one
         found = model(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu()[itself]
-        if values is None:
-            values = _room(count, found.shape[1], options.memory)
         rows = slice(filled, filled + len(found))
         values[rows], labels[rows], ids[rows] = found, batch.labels.cpu()[itself], torch.from_numpy(wanted)[itself]
         filled += len(found)
+    data.close()
     data.require_readable(options.max_bad_fraction)
     bad = len(data.all_bad())
     if bad and world.is_main:
         log.warning("%s is measured without %d of %d pictures", index.root, bad, len(index))
-    if values is None:  # more ranks than pictures
-        values = torch.empty(0, backbones.width(model))
     return Features(values[:filled], labels[:filled], ids[:filled], len(index.classes))
 
 
@@ -199,4 +204,11 @@ def _room(rows: int, columns: int, gigabytes: float) -> Tensor:
     if rows * columns * 4 <= gigabytes * 1e9:
         return torch.empty(rows, columns)
     with tempfile.TemporaryFile(prefix="features-") as file:  # the mapping outlives the name
-        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, columns)))  # type: ignore[call-overload]
+        try:
+            os.posix_fallocate(file.fileno(), 0, rows * columns * 4)  # a full disk would kill the process later
+        except OSError as error:
+            raise StorageFailure(
+                f"no room for {rows * columns * 4 / 1e9:.1f} GB of features in {tempfile.gettempdir()}: {error.strerror}; set "
+                "TMPDIR to a folder with room, or start more ranks"
+            ) from None
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=(rows, columns)))  # type: ignore[call-overload]

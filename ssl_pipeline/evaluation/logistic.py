@@ -9,7 +9,7 @@ each rank over its share.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,11 +125,12 @@ def fit(
     """The classifier that minimises the objective over all ranks' shares of `train`, or over `rows` (n,) of each.
 
     `start` is the classifier from which it goes on; zeros by default. All ranks must call it, and get the same. Warns
-    where L-BFGS stops before its tolerance; raises BadInput for features that are not finite.
+    where L-BFGS stops before its tolerance; raises BadInput for features that are not finite, and on all ranks where one
+    fails.
     """
-    rows = torch.arange(len(train.labels)) if rows is None else rows
     count, mean, scale = _statistics(train, rows)
     shape = classes, len(mean)
+    resident, chosen = distributed.together(lambda: _resident(train, rows, distributed.start().device))
 
     # L-BFGS works on the weights of features less their mean, in units of their deviation, in which it needs several
     # times fewer iterations. The bias is free and takes up the mean; the penalty stays that of the weights themselves.
@@ -140,7 +141,7 @@ def fit(
     def objective(x: Tensor) -> tuple[float, Tensor]:
         """The objective divided by C N, so that the tolerance fits any C and N, and its gradient; x (C * D + C,)."""
         weight, bias = classifier(x)
-        loss, by_weight, by_bias = _cross_entropies(train, rows, weight, bias)
+        loss, by_weight, by_bias = _cross_entropies(resident, chosen, weight, bias)
         by_weight = (by_weight - by_bias[:, None] * mean + weight / c) / scale
         value = loss / count + weight.square().sum() / (2 * c * count)
         return float(value), torch.cat([by_weight.flatten(), by_bias]) / count
@@ -166,13 +167,15 @@ def _minimise(
     """The minimum of `objective`, its value, and whether it was reached. `objective` is called by all ranks together.
 
     The main rank alone decides where it is evaluated next: on other processors the same sums round otherwise, and
-    ranks that each ran L-BFGS might stop at different iterations and wait for each other for ever.
+    ranks that each ran L-BFGS might stop at different iterations and wait for each other for ever. What `objective`
+    raises, it raises on all ranks; where L-BFGS itself fails on the main rank, the others stop too.
     """
     message = torch.zeros(3 + len(x), dtype=torch.float64)  # whether to evaluate, value, whether converged, parameters
     if distributed.rank() != 0:
         while True:
             dist.broadcast(message, 0)
             if not message[0]:
+                distributed.together(lambda: None)
                 return message[3:], float(message[1]), bool(message[2])
             objective(message[3:])
 
@@ -180,23 +183,62 @@ def _minimise(
         message[0], message[3:] = 1, torch.from_numpy(x)
         dist.broadcast(message, 0)
         value, gradient = objective(message[3:])
+        message[0] = 0
         return value, gradient.numpy()
 
     # Line search and the tolerance of the value as in scikit-learn's _logistic.py.
     limits: dict[str, float] = {"maxiter": max_iterations, "maxfun": 50 * max_iterations, "maxls": 50}
     limits |= {"gtol": tolerance, "ftol": 64 * np.finfo(float).eps}
-    found = scipy.optimize.minimize(value_and_gradient, x.numpy(), method="L-BFGS-B", jac=True, options=limits)
-    message[:3] = message.new_tensor([0, found.fun, found.success])
-    message[3:] = torch.from_numpy(found.x)
+    failure: Exception | None = None
+    try:
+        found = scipy.optimize.minimize(value_and_gradient, x.numpy(), method="L-BFGS-B", jac=True, options=limits)
+        message[1:3] = message.new_tensor([found.fun, found.success])
+        message[3:] = torch.from_numpy(found.x)
+    except Exception as error:
+        if message[0]:  # raised by the objective, and so on all ranks: nobody waits for a message
+            raise
+        failure = error
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
     dist.broadcast(message, 0)
-    return message[3:], float(found.fun), bool(found.success)
+    distributed.together(outcome)
+    return message[3:], float(message[1]), bool(message[2])
 
 
-def _statistics(train: Features, rows: Tensor) -> tuple[int, Tensor, float]:
+def _chunks(features: Features, rows: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values (m, D) and labels (m,), m up to ROWS, of `rows`, or of all, which are not copied."""
+    for first in range(0, len(features.labels if rows is None else rows), ROWS):
+        chunk = slice(first, first + ROWS)
+        part = chunk if rows is None else rows[chunk]
+        yield features.values[part], features.labels[part]
+
+
+def _resident(features: Features, rows: Tensor | None, device: torch.device) -> tuple[Features, Tensor | None]:
+    """`rows` of the features, all of them now, on the device; what was given on the host or where there is no room."""
+    if device.type == "cpu":
+        return features, rows
+    ids = features.ids if rows is None else features.ids[rows]
+    try:
+        # Chunk by chunk: the host, or the file that it maps, may have no room for a second copy.
+        values = torch.empty(len(ids), features.values.shape[1], dtype=features.values.dtype, device=device)
+        labels = torch.empty(len(ids), dtype=features.labels.dtype, device=device)
+        for number, (some, of_some) in enumerate(_chunks(features, rows)):
+            place = slice(number * ROWS, number * ROWS + len(some))
+            values[place], labels[place] = some, of_some
+    except torch.OutOfMemoryError:
+        log.info("%d features do not fit on %s: each evaluation of the objective copies them anew", len(ids), device)
+        return features, rows
+    return Features(values, labels, ids, features.classes), None
+
+
+def _statistics(train: Features, rows: Tensor | None) -> tuple[int, Tensor, float]:
     """Over all ranks: the number of features, their mean (D,) and their deviation from it, one number for all entries."""
     sums = torch.zeros(2 + train.values.shape[1], dtype=torch.float64)
-    for part in rows.split(ROWS):
-        x = train.values[part].double()
+    for values, _ in _chunks(train, rows):
+        x = values.double()
         sums += torch.cat([x.new_tensor([len(x), float(x.square().sum())]), x.sum(dim=0)])
     sums = distributed.all_reduce_sum(sums)
     if not sums.isfinite().all():
@@ -206,32 +248,43 @@ def _statistics(train: Features, rows: Tensor) -> tuple[int, Tensor, float]:
     return int(sums[0]), mean, variance**0.5 if variance > 0 else 1.0
 
 
-def _cross_entropies(train: Features, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over all ranks of the cross-entropies, and its gradients (C, D) and (C,), on the host."""
-    device = distributed.start().device
+def _cross_entropies(
+    train: Features, rows: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over all ranks of the cross-entropies, and its gradients (C, D) and (C,), on the host.
+
+    Raises on all ranks where one fails.
+    """
+    own = distributed.together(lambda: _own_cross_entropies(train, rows, weight, bias, distributed.start().device))
+    total = distributed.all_reduce_sum(own).cpu()
+    return total[0], total[1 : -len(bias)].reshape(weight.shape), total[-len(bias) :]
+
+
+def _own_cross_entropies(
+    train: Features, rows: Tensor | None, weight: Tensor, bias: Tensor, device: torch.device
+) -> Tensor:
+    """The same of this rank's share, one after the other (1 + C * D + C,), on the device."""
     weight, bias = weight.to(device), bias.to(device)
     loss, by_weight, by_bias = bias.new_zeros(1), torch.zeros_like(weight), torch.zeros_like(bias)
-    for part in rows.split(ROWS):
-        x, labels = train.values[part].to(device).double(), train.labels[part].to(device)[:, None]
+    for values, of_chunk in _chunks(train, rows):
+        x, labels = values.to(device).double(), of_chunk.to(device)[:, None]
         log_p = torch.addmm(bias, x, weight.T).log_softmax(dim=1)
         loss -= log_p.gather(1, labels).sum()
         residual = log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=log_p.dtype))
         by_weight.addmm_(residual.T, x)
         by_bias += residual.sum(dim=0)
-    total = distributed.all_reduce_sum(torch.cat([loss, by_weight.flatten(), by_bias])).cpu()
-    return total[0], total[1 : -len(bias)].reshape(weight.shape), total[-len(bias) :]
+    return torch.cat([loss, by_weight.flatten(), by_bias])
 
 
 def _accuracies(classifier: Fit, features: Features, rows: Tensor | None = None) -> tuple[float, float]:
     """Top-1 and top-5, in percent, over all ranks' shares or `rows` of each; the smaller label comes first on a tie."""
-    rows = torch.arange(len(features.labels)) if rows is None else rows
     device = distributed.start().device
     weight, bias = classifier.weight.to(device), classifier.bias.to(device)
     counts = torch.zeros(4, dtype=torch.int64)  # of the first, of the first five, of all, of those that are not finite
-    for part in rows.split(ROWS):
-        logits = torch.addmm(bias, features.values[part].to(device).double(), weight.T)
+    for values, labels in _chunks(features, rows):
+        logits = torch.addmm(bias, values.to(device).double(), weight.T)
         ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu()
-        hits = ranking == features.labels[part, None]
+        hits = ranking == labels[:, None]
         counts += torch.tensor(
             [hits[:, :1].sum(), hits.sum(), len(hits), len(hits) - logits.isfinite().all(dim=1).sum()]
         )

@@ -7,6 +7,7 @@ for bit.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, distributed
-from ssl_pipeline.data.index import Index, read_index
+from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.data.randomness import Purpose, generator
 from ssl_pipeline.evaluation import features, knn
+from ssl_pipeline.exits import BadInput
+
+log = logging.getLogger("ssl_pipeline")
 
 
 class Options(config.Options):
@@ -47,6 +51,7 @@ class Online(nn.Module):
         width: of the features.
         architecture: the backbone's options.
         index: the training pictures.
+        val: the validation pictures, as `validation_pictures` finds them.
         seed: key of the classifier's weights and of the subsets.
         world: this process's place.
     """
@@ -58,6 +63,7 @@ class Online(nn.Module):
         width: int,
         architecture: backbones.Options,
         index: Index,
+        val: Index | None,
         seed: int,
         world: distributed.World,
     ) -> None:
@@ -65,11 +71,11 @@ class Online(nn.Module):
         self.options, self.world, self.index, self.seed = options, world, index, seed
         classes = len(index.classes)
         self.on = options.linear and classes > 1
-        self.every = options.knn_every_epochs if classes > 1 and (data.root / "val").is_dir() else None
-        self._val = data.root / "val"
+        self.every = options.knn_every_epochs if classes > 1 and val is not None else None
+        self._val = val
         self._source = features.Options(
             weights=None, backbone=architecture, root=data.root, view=data.evaluation_view,
-            max_bad_fraction=data.max_bad_fraction, threads=data.threads, readers=data.readers,
+            max_bad_fraction=1.0, threads=data.threads, readers=data.readers,
         )  # fmt: skip
         if self.on:
             with torch.random.fork_rng(devices=[]):
@@ -101,6 +107,7 @@ class Online(nn.Module):
 
     def neighbours(self, backbone: nn.Module) -> dict[str, float]:
         """5-nn top-1 and top-5, in percent, on the fixed subsets. All ranks must call it."""
+        assert self._val is not None
         modes = [(module, module.training) for module in backbone.modules()]
         backbone.eval()
         try:
@@ -108,7 +115,7 @@ class Online(nn.Module):
                 features.features_of(backbone, _some(index, count, self.seed), self._source, self.world)
                 for index, count in (
                     (self.index, self.options.knn_train),
-                    (read_index(self._val), self.options.knn_val),
+                    (self._val, self.options.knn_val),
                 )
             )
         finally:
@@ -129,6 +136,17 @@ class Online(nn.Module):
         if self.on and state:
             self.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def validation_pictures(options: Options, data: DataOptions) -> Index | None:
+    """What k-nn classifies; None, with a warning, where it cannot: no pretraining ends for it."""
+    if options.knn_every_epochs is None:
+        return None
+    try:
+        return features.pictures_of(data.root, "val")
+    except BadInput as error:
+        log.warning("no k-nn while training: %s", error)
+        return None
 
 
 def _some(index: Index, count: int, seed: int) -> Index:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from ssl_pipeline import distributed
 from ssl_pipeline.data.randomness import balanced_subset
@@ -22,9 +22,9 @@ from ssl_pipeline.exits import BadInput, Stop
 class Recipe(supervised.Recipe):
     """The probe's recipe, and the grid."""
 
-    learning_rates: list[float] = []
+    learning_rates: list[PositiveFloat] = []
     """Base rates of the grid; empty: `optim.learning_rate` alone. Scaled with the batch where `optim` says so."""
-    weight_decays: list[float] = []
+    weight_decays: list[NonNegativeFloat] = []
     """Of the grid; empty: `optim.weight_decay` alone."""
     choose_on: Literal["held_out", "val"] = "held_out"
     """What chooses among the grid: a part of train that is then not trained on, or val, which the result says."""
@@ -59,20 +59,11 @@ def run(source: features.Options, recipe: Recipe, preset: str, parent: Path) -> 
         supervised.head_group(head, f"head_{number}", rate, decay)
         for number, (head, (rate, decay)) in enumerate(zip(heads.each, grid, strict=True))
     ]
-    before = supervised.digest(network)
-    facts = {
-        "evaluation": "linear_probe",
-        "recipe": recipe.model_dump(mode="json"),
-        "view": (source.labelled_view or features.crop_and_flip(source.view)).model_dump(mode="json"),
-        "evaluation_view": source.view.model_dump(mode="json"),
-        "weights": before,
-        "train": index.digest(),
-        "val": val.digest(),
-    }
+    facts = supervised.described("linear_probe", recipe, source, network, {"train": index, "val": val})
     own = supervised.folder(parent, "linear_probe", facts)
     module = supervised.Frozen(network.to(world.device), heads)
     history = supervised.fit(module, groups, recipe, train, measured, source, own, facts, synchronise=False)
-    if supervised.digest(network) != before:
+    if supervised.digest(network) != facts["weights"]:
         raise Stop(
             "the frozen backbone changed while the probe was trained: a defect of this program; no result is written"
         )

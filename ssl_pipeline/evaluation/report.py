@@ -409,14 +409,22 @@ def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[st
     several = len(heads) > 1
     rows: list[list[Cell]] = []
     remarks: list[str] = []
+    recipes = [tables.changed(values) for values in of_runs]
+    alike = len({recipe for recipe, values in zip(recipes, of_runs, strict=True) if values}) == 1
+    for recipe, head in zip(recipes, heads, strict=True):
+        if recipe:
+            remarks.append(f"recipe changed{f', {head}' if several else ''}: {', '.join(recipe)}")
     for key in flat:
+        if key == "changed":
+            continue
         found = [values.get(key) for values in of_runs]
         if any(isinstance(value, str) for value in found):
             shown = [f"{key}, {head}: {_value(value)}" for head, value in zip(heads, found, strict=True)]
             remarks += shown if found.count(found[0]) < len(found) else [f"{key}: {found[0]}"]
         else:
             mean = tables.statistic([number for value in found if (number := tables.number(value)) is not None])
-            rows.append([key, *map(_value, found), *([_mean(mean)] if several else [])])
+            # Numbers of different recipes are not averaged.
+            rows.append([key, *map(_value, found), *([_mean(mean if alike else None)] if several else [])])
     if flat:
         columns = ["", *heads, *(["mean ± deviation"] if several else [])]
         yield Grid(f"results/{file}.json", columns, rows, remarks=remarks)
@@ -554,8 +562,9 @@ def _loss(found: Sequence[Group]) -> str:
 
 
 def _online(found: Sequence[Group]) -> str:
-    """A panel for each number and data set."""
-    keys = sorted({key for entry in _entries(found) for row in entry.rows for key in row if key.startswith("online_")})
+    """A panel for each accuracy and data set."""
+    logged = {key for entry in _entries(found) for row in entry.rows for key in row}
+    keys = sorted(key for key in logged if key.startswith("online_") and "_top" in key)
     panels: dict[str, list[Entry]] = {}
     for entry in _entries(found):
         panels.setdefault(tables.label(entry.data) if entry.data else "", []).append(entry)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.randomness import balanced_subset
 from ssl_pipeline.evaluation import features, supervised
 from ssl_pipeline.evaluation.probe import held_out
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, Status, Stop
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -39,9 +39,9 @@ class Recipe(supervised.Recipe):
     """Base rate of the backbone."""
     synchronise_batch_norm: bool = False
     """Whether batch norm sees the batch of all ranks. Barlow Twins' does not: its statistics are of 256 / 8 pictures."""
-    backbone_rates: list[float] = []
+    backbone_rates: list[PositiveFloat] = []
     """Of a sweep; empty: a half, one and two times `backbone_rate`."""
-    head_rates: list[float] = []
+    head_rates: list[PositiveFloat] = []
     """Of a sweep; empty: a half, one and two times `optim.learning_rate`."""
     choose_on: Literal["held_out", "val"] = "held_out"
     """What chooses among a sweep: a part of the labelled pictures, after which all of them are trained on at the chosen
@@ -80,7 +80,7 @@ def subset(options: Options, seed: int, index: Index) -> tuple[np.ndarray, str]:
         raise BadInput(f"no list {str(path)!r} of labelled pictures: give the path of a text file with one name a line")
     text = path.read_bytes()
     md5 = hashlib.md5(text, usedforsecurity=False).hexdigest()
-    names = [line.strip() for line in text.decode().splitlines() if line.strip()]
+    names = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
     known = LISTS.get(options.percent)  # type: ignore[call-overload]
     official = known is not None and md5 == known[1]
     if options.list_path is None and not official:
@@ -89,14 +89,24 @@ def subset(options: Options, seed: int, index: Index) -> tuple[np.ndarray, str]:
         )
     if not official:
         log.warning("%s is a list of your own (md5 %s, %d lines), not SimCLR's", path, md5, len(names))
-    places = {name.rpartition("/")[2]: place for place, name in enumerate(index.paths)}
-    missing = [name for name in names if name.rpartition("/")[2] not in places]
+    places: dict[str, list[int]] = {}
+    for place, picture in enumerate(index.paths):
+        places.setdefault(picture, []).append(place)
+        if "/" in picture:
+            places.setdefault(picture.rpartition("/")[2], []).append(place)
+    missing = [name for name in names if name not in places]
     if missing or not names:
         raise BadInput(
             f"{len(missing)} of the {len(names)} pictures of {str(path)!r} are not in {str(index.root)!r}, as "
             f"{', '.join(missing[:3]) or 'none at all'}: give the data set that the list belongs to"
         )
-    chosen = np.unique([places[name.rpartition("/")[2]] for name in names])
+    several = [name for name in names if len(places[name]) > 1]
+    if several:
+        raise BadInput(
+            f"{str(path)!r} names {several[0]!r}, which {len(places[several[0]])} pictures are called: name each as "
+            f"{index.paths[places[several[0]][0]]!r}"
+        )
+    chosen = np.unique([places[name][0] for name in names])
     if len(np.unique(index.labels[chosen])) < len(index.classes):
         log.warning(
             "%s names pictures of %d classes of %d", path, len(np.unique(index.labels[chosen])), len(index.classes)
@@ -182,8 +192,14 @@ def _sweep(
     head_rates = recipe.head_rates or [recipe.optim.learning_rate * factor for factor in factors]
     points = []
     for rates in itertools.product(backbone_rates, head_rates):
-        history, _ = _fine_tune(options, recipe, rates, train, measured, parent)
-        top1 = history[-1][name]["top1"][0]
+        try:
+            history, _ = _fine_tune(options, recipe, rates, train, measured, parent)
+            top1 = history[-1][name]["top1"][0]
+        except Stop as stop:
+            if stop.status != Status.NON_FINITE:
+                raise
+            log.warning("rates %g and %g diverge", *rates)
+            top1 = 0.0
         points.append({"backbone_rate": rates[0], "learning_rate": rates[1], f"{name}_top1": top1})
     best = max(points, key=lambda point: point[f"{name}_top1"])
     return (best["backbone_rate"], best["learning_rate"]), points
@@ -193,7 +209,7 @@ def _fine_tune(
     options: Options, recipe: Recipe, rates: tuple[float, float], train: Index, measured: dict[str, Index], parent: Path
 ) -> tuple[supervised.History, str]:
     source = options.features
-    network = features.network(source)
+    network = distributed.together(lambda: features.network(source))
     classes = max(len(index.classes) for index in (train, *measured.values()))
     heads = supervised.classifiers(recipe, network, classes)
     decay = recipe.optim.weight_decay
@@ -201,16 +217,8 @@ def _fine_tune(
         {"params": list(network.parameters()), "name": "backbone", "rate": rates[0], "weight_decay": decay},
         supervised.head_group(heads, "head", rates[1], decay),
     ]
-    facts = {
-        "evaluation": "semi_supervised",
-        "recipe": recipe.model_dump(mode="json"),
-        "rates": list(rates),
-        "view": (source.labelled_view or features.crop_and_flip(source.view)).model_dump(mode="json"),
-        "evaluation_view": source.view.model_dump(mode="json"),
-        "weights": supervised.digest(network),
-        "train": train.digest(),
-        "measured": {name: index.digest() for name, index in measured.items()},
-    }
+    sets = {"train": train, **measured}
+    facts = supervised.described("semi_supervised", recipe, source, network, sets, rates=list(rates))
     own = supervised.folder(parent, f"semi_supervised_{options.percent:g}percent", facts)
     module = supervised.Whole(network, heads)
     synchronise = recipe.synchronise_batch_norm

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.evaluation.features import Options as FeatureOptions
 from ssl_pipeline.evaluation.features import crop_and_flip
-from ssl_pipeline.exits import BadInput, Status, Stop
+from ssl_pipeline.exits import BadInput, Status, Stop, StorageFailure
 from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.monitor import Options as MonitorOptions
 from ssl_pipeline.optim import Options as OptimOptions
@@ -142,8 +143,29 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
+def described(
+    evaluation: str, recipe: Recipe, source: FeatureOptions, network: nn.Module, sets: Mapping[str, Index], **more: Any
+) -> dict[str, Any]:
+    """All that decides what a training comes to: the config of its folder."""
+    return {
+        "evaluation": evaluation,
+        "recipe": recipe.model_dump(mode="json"),
+        "backbone": source.backbone.model_dump(mode="json"),
+        "weights": digest(network),
+        "view": (source.labelled_view or crop_and_flip(source.view)).model_dump(mode="json"),
+        "evaluation_view": source.view.model_dump(mode="json"),
+        "pictures": {name: _labelled_digest(index) for name, index in sets.items()},
+        **more,
+    }
+
+
+def _labelled_digest(index: Index) -> str:
+    text = f"{index.digest()} {index.classes} ".encode() + index.labels.tobytes()
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
 def folder(parent: Path, name: str, facts: Mapping[str, Any]) -> RunFolder:
-    """The folder of an evaluation that all of `facts` (recipe, weights, pictures) decide."""
+    """The folder of an evaluation that all of `facts` decide."""
     text = json.dumps(facts, sort_keys=True)
     return RunFolder(parent / "evaluations" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
@@ -200,7 +222,10 @@ def fit(
         status = Status.CRASH
         try:
             if world.is_main:
-                run.record("start", job=cluster.job_id(), host=socket.gethostname(), ranks=world.size)
+                step, epochs = (checkpoint.saved_steps(run.checkpoints) or [0])[-1], recipe.epochs
+                steps = len(train) // possible_batch(recipe, len(train), world.size) * epochs
+                run.record("start", job=cluster.job_id(), host=socket.gethostname(), ranks=world.size, step=step,
+                           steps=steps, epochs=epochs)  # fmt: skip
             history = _fit(module, groups, recipe, train, measured, source, run, world, synchronise)
             status = Status.DONE
         except Stop as stop:
@@ -209,13 +234,21 @@ def fit(
         finally:
             if world.is_main:
                 run.record("end", status=int(status))
-        if world.is_main:
-            finished.write_text(json.dumps(history), encoding="utf-8")
-            for step in checkpoint.saved_steps(run.checkpoints):
-                checkpoint.checkpoint_file(run.checkpoints, step).unlink()
+        distributed.together(lambda: _finish(run, finished, history) if world.is_main else None)
         return history
     finally:
         run.close()
+
+
+def _finish(run: RunFolder, finished: Path, history: History) -> None:
+    partial = finished.with_name(f".{finished.name}.partial")
+    try:
+        partial.write_text(json.dumps(history), encoding="utf-8")
+        os.replace(partial, finished)
+    except OSError as error:
+        raise StorageFailure(f"cannot write {finished}: {error}; free room and give the same command again") from None
+    for step in checkpoint.saved_steps(run.checkpoints):
+        checkpoint.checkpoint_file(run.checkpoints, step).unlink()
 
 
 def _fit(
@@ -301,6 +334,7 @@ def _fit(
                 if preemption.requested() and step < steps:
                     save()
                     watch.close()
+                    data.close()
                     stop = Stop(f"stopped by a signal after step {step} of {steps}; the same command goes on from here")
                     stop.status = Status.STOPPED
                     raise stop
@@ -326,6 +360,7 @@ def _fit(
             save()
             watch.tick(step)
     watch.close()
+    data.close()
     return history
 
 
@@ -351,7 +386,8 @@ def measure(
 
     `module` is in evaluation mode.
     """
-    data = _loader(index, source.view, max(recipe.batch_size, world.size), 0, source, world, training=False)
+    batch_size = max(recipe.batch_size // world.size, 1) * world.size
+    data = _loader(index, source.view, batch_size, 0, source, world, training=False)
     half = torch.bfloat16 if recipe.precision == "bf16" else None
     right: Tensor | None = None
     count = 0
@@ -366,6 +402,7 @@ def measure(
         found = torch.stack([hits[..., 0].sum(1), hits.any(dim=2).sum(1)])  # (2, H)
         right = found if right is None else right + found
         count += int(itself.sum())
+    data.close()
     data.require_readable(source.max_bad_fraction)
     heads = len(module.classifiers.each)  # type: ignore[arg-type,union-attr]
     total = torch.zeros(2 * heads + 1, dtype=torch.int64)

@@ -45,6 +45,9 @@ EVALUATIONS = {
 }
 """Results by which the tables are filled, and the command that writes each: the others are brought in by hand."""
 
+MEASUREMENT = ("data.evaluation_view", "data.labelled_view", "data.protocol")
+"""Keys that a run may change, because they do not change the pretraining; they change what the evaluations measure."""
+
 
 def label(name: str) -> str:
     """A method or a data set as written in prose: `byol_sparsehead` -> `BYOL + SparseHead`."""
@@ -235,8 +238,9 @@ class Group:
 def groups(runs: Iterable[RunFolder]) -> list[Group]:
     """Groups in the order of their first run; a run given twice is used once.
 
-    The runs of a group agree in all keys but the seed, data.root and those that run_folder lets a run change. Three keys
-    must agree nevertheless, because they decide what a number means: data.name (without one, data.root) and max_steps.
+    The runs of a group agree in all keys but the seed, data.root and those that run_folder lets a run change. Some
+    must agree nevertheless, because they decide what a number means: data.name (without one, data.root), max_steps and
+    those of MEASUREMENT.
     """
     paths = {run.path.resolve(): run for run in runs}
     found: dict[tuple[str, int], list[Entry]] = {}
@@ -245,7 +249,9 @@ def groups(runs: Iterable[RunFolder]) -> list[Group]:
         same = {
             key: value
             for key, value in entry.options.items()
-            if key in kept or not (key in ("seed", "data.root") or key.startswith(CHANGEABLE))
+            if key in kept
+            or key.startswith(MEASUREMENT)
+            or not (key in ("seed", "data.root") or key.startswith(CHANGEABLE))
         }
         key = json.dumps(same, sort_keys=True, default=str)
         turn = 0  # the same seed again is no second draw: it begins another group
@@ -259,6 +265,12 @@ def number(value: Any) -> float | None:
     """The value where it is a finite number, which a truth value is not."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if known else None
+
+
+def changed(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the command line changed in the recipe of a result, as `epochs=2`, in one order."""
+    found = values.get("changed") or []
+    return tuple(sorted(map(str, found if isinstance(found, list) else [found])))
 
 
 # ---------------------------------------------------------------------------------------------------- the paper's tables
@@ -284,7 +296,7 @@ class Cell:
     remarks: tuple[str, ...] = ()
     """What must be known of ours, or why there is none."""
     foreign: bool = False
-    """Ours was made by another protocol than the paper's."""
+    """Ours was made by another protocol than the paper's: its evaluation, the recipe of it, or the backbone."""
     command: str | None = None
     """What makes ours."""
 
@@ -394,7 +406,7 @@ def _cell(printed: float | None, metric: Metric, method: str, data: str, group: 
     kinds: dict[tuple[bool, tuple[str, ...]], list[float]] = {}
     for entry in group.entries:
         values: Any = entry.results.get(metric.result, {})
-        kind = _kind(metric.result, values, data)
+        kind = _kind(metric.result, values, entry, data)
         for key in metric.keys:
             values = values.get(key) if isinstance(values, Mapping) else None
         value = number(values)
@@ -414,11 +426,32 @@ def _protocol(data: str) -> str:
     return "imagenet" if data in ("imagenet", "imagenet100") else "small"
 
 
-def _kind(result: str, values: Mapping[str, Any], data: str) -> tuple[bool, tuple[str, ...]]:
+def _network(data: str) -> str:
+    """The paper's backbone on a data set."""
+    return "resnet50" if data in ("imagenet", "imagenet100") else "resnet18"
+
+
+def _other_backbone(entry: Entry, data: str) -> str | None:
+    """The backbone of a run as `resnet18 (layers=[1, 1, 1, 1])` where it is not the paper's; None where it is."""
+    name = entry.options.get("backbone.name")
+    before = "backbone.arguments."
+    arguments = [f"{k.removeprefix(before)}={v}" for k, v in entry.options.items() if k.startswith(before)]
+    if name in (None, _network(data)) and not arguments:  # weights brought in by hand may have no name
+        return None
+    return f"{name} ({', '.join(arguments)})" if arguments else name
+
+
+def _kind(result: str, values: Mapping[str, Any], entry: Entry, data: str) -> tuple[bool, tuple[str, ...]]:
     """Whether a result was made by another protocol than the paper's, and what else must be known of it."""
     protocol = values.get("protocol", "small")  # the only one there was before results named theirs
-    foreign = result == "linear_probe" and protocol != _protocol(data)
-    remarks = [f"protocol {protocol}, not the paper's ({_protocol(data)})"] if foreign else []
+    remarks = []
+    if result == "linear_probe" and protocol != _protocol(data):
+        remarks.append(f"protocol {protocol}, not the paper's ({_protocol(data)})")
+    if (backbone := _other_backbone(entry, data)) is not None:
+        remarks.append(f"backbone {backbone}, not the paper's ({_network(data)})")
+    if changed(values):
+        remarks.append(f"recipe changed: {', '.join(changed(values))}")
+    foreign = bool(remarks)
     remarks += [f"preset {values['preset']}"] if values.get("preset") is not None else []
     remarks += [f"chosen on: {values['chosen_on']}"] if values.get("chosen_on") is not None else []
     return foreign, tuple(remarks)

@@ -157,6 +157,48 @@ def test_input_that_does_not_do() -> None:
             config.validate(logistic.Recipe, wrong)
 
 
+def test_features_are_copied_to_the_device_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic, "ROWS", 7)
+    train, _ = blobs(100)
+    rows = torch.tensor([1, 4, 6, *range(9, 41)])
+    host, meta = torch.device("cpu"), torch.device("meta")
+    # On the host all rows are worked on where they lie.
+    kept, chosen = logistic._resident(train, None, host)
+    for (values, labels), first in zip(logistic._chunks(kept, chosen), range(0, 50, 7), strict=True):
+        assert values.data_ptr() == train.values[first:].data_ptr()
+        assert torch.equal(labels, train.labels[first : first + 7])
+    some = [torch.cat(part) for part in zip(*logistic._chunks(train, rows), strict=True)]
+    assert torch.equal(some[0], train.values[rows])
+    assert torch.equal(some[1], train.labels[rows])
+
+    copied, chosen = logistic._resident(train, rows, meta)
+    assert chosen is None
+    assert (copied.values.device, copied.values.shape, copied.values.dtype) == (meta, (35, 12), torch.float32)
+    assert (copied.labels.device, copied.labels.shape) == (meta, (35,))
+
+    # Another device's memory, played by the host's.
+    class Elsewhere:
+        type = "elsewhere"
+
+    empty, room = torch.empty, [True]
+
+    def allocate(*shape: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        if not room[0]:
+            raise torch.OutOfMemoryError("no room")
+        return empty(*shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    elsewhere: Any = Elsewhere()
+    copied, _ = logistic._resident(train, rows, elsewhere)
+    assert torch.equal(copied.values, train.values[rows])
+    assert torch.equal(copied.labels, train.labels[rows])
+    assert torch.equal(copied.ids, train.ids[rows])
+    room[0] = False
+    kept, chosen = logistic._resident(train, rows, elsewhere)
+    assert kept is train
+    assert chosen is rows
+
+
 # --------------------------------------------------------------------------------------------------------------- ranks
 def _of_ranks() -> list[Any]:
     rank, world = distributed.rank(), distributed.world_size()
@@ -180,3 +222,42 @@ def test_ranks_fit_what_one_rank_fits() -> None:
         assert torch.equal(ours, theirs)
         assert all(torch.equal(a, b) for a, b in zip(fitted[1:], ranks[0][2:4], strict=True))
     assert torch.equal(torch.cat([rank[4] for rank in ranks]).sort().values, held)
+
+
+def _failing() -> list[str]:
+    """What each rank raises where one fails in its share of the third evaluation, or the main one in L-BFGS."""
+    train, _ = blobs(200)
+    share = train.select(torch.arange(len(train.labels))[distributed.rank() :: 2])
+    own, minimize = logistic._own_cross_entropies, logistic.scipy.optimize.minimize
+    told = []
+    for failing in (0, 1, "L-BFGS"):
+        evaluated: list[int] = []
+
+        def spoiled(*args: Any, failing: Any = failing, evaluated: list[int] = evaluated) -> torch.Tensor:
+            evaluated.append(1)
+            if distributed.rank() == failing and len(evaluated) == 3:
+                raise torch.OutOfMemoryError(f"rank {failing} has no room")
+            return own(*args)
+
+        def fails(*args: Any, **more: Any) -> None:
+            minimize(*args, **more)
+            raise MemoryError("L-BFGS has no room")
+
+        logistic._own_cross_entropies = spoiled
+        logistic.scipy.optimize.minimize = fails if failing == "L-BFGS" else minimize
+        try:
+            logistic.fit(share, 0.1, 10)
+            told.append("nothing")
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_where_one_rank_fails_all_stop() -> None:
+    first, second = on_ranks(2, _failing)
+    assert first[0] == "OutOfMemoryError: rank 0 has no room"
+    assert second[0] == "Stop: "
+    assert first[1].startswith("Stop: rank 1 on ")
+    assert first[1].endswith("rank 1 has no room")
+    assert second[1] == "OutOfMemoryError: rank 1 has no room"
+    assert (first[2], second[2]) == ("MemoryError: L-BFGS has no room", "Stop: ")

@@ -56,7 +56,7 @@ def test_the_probe_is_a_plain_adam_on_detached_features(few_digits: Path) -> Non
     index = read_index(few_digits / "train")
     world = distributed.start()
     before = torch.get_rng_state()
-    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, 3, world)
+    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, None, 3, world)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(3)
     theirs = nn.Linear(12, 10)

@@ -217,6 +217,35 @@ def test_curves_and_views_are_pictures(runs: list[RunFolder], text: str) -> None
     assert ends[1] < 60
 
 
+def test_a_changed_recipe_is_told_and_not_averaged_with_another(make: Make) -> None:
+    changed = {"linear_top1": 60.0, "changed": ["epochs=2"]}
+    runs = [
+        make("a", linear_probe=changed),
+        make("b", "cifar10/simclr_sparsehead", "seed=1", linear_probe={"linear_top1": 92.0}),
+    ]
+    text = report.markdown(runs)
+    assert f"| linear_top1 | 60.00 | 92.00 | {report.NONE} |" in text
+    assert "recipe changed, seed 0: epochs=2" in text
+    assert "| changed |" not in text
+    assert row(text, "1: CIFAR-10", "SimCLR + SparseHead")[2] == "92.00 (n = 1)"
+    runs[1].write_result("linear_probe", changed | {"linear_top1": 62.0})
+    text = report.markdown(runs)
+    assert "| linear_top1 | 60.00 | 62.00 | 61.00 ± 1.41 |" in text
+    _, _, mean, *_, notes = row(text, "1: CIFAR-10", "SimCLR + SparseHead")
+    assert mean == "† 61.00 ± 1.41"
+    assert notes.startswith("linear: † recipe changed: epochs=2<br>")
+
+
+def test_the_figure_of_accuracies_shows_no_losses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "_curves", lambda _, panels, __: drawn.extend(panel.key for panel in panels) or "")
+    run = make("run")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 40, "online_loss": 2.5, "online_top1": 40.0}\n')
+    report._online(tables.groups([run]))
+    assert drawn == ["online_knn5_top1", "online_top1"]
+
+
 def test_a_run_that_has_only_begun(make: Make) -> None:
     run = make("run")
     for path in (run.metrics, run.jobs, run.views):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def test_a_list_names_the_pictures(few_digits: Path, tmp_path: Path, caplog: pyt
         BadInput, match=r"1 of the 2 pictures of .*other.txt' are not in .*, as n01440764_10026.JPEG: give"
     ):
         semi_supervised.subset(options(few_digits, list_path=tmp_path / "other.txt"), 0, index)
+    doubled = replace(index, paths=("0/a.png", "1/a.png", "1/b.png"), labels=np.array([0, 1, 1]))
+    (tmp_path / "both.txt").write_text("1/a.png\n1/b.png\n")
+    assert semi_supervised.subset(options(few_digits, list_path=tmp_path / "both.txt"), 0, doubled)[0].tolist() == [
+        1,
+        2,
+    ]
+    (tmp_path / "bare.txt").write_text("b.png\na.png\n")
+    with pytest.raises(BadInput, match=r"names 'a.png', which 2 pictures are called: name each as '0/a.png'"):
+        semi_supervised.subset(options(few_digits, list_path=tmp_path / "bare.txt"), 0, doubled)
     with pytest.raises(BadInput, match="no list 'nowhere.txt' of labelled pictures"):
         semi_supervised.subset(options(few_digits, list_path=Path("nowhere.txt")), 0, index)
 

@@ -218,6 +218,7 @@ def test_two_ranks_are_one(few_digits: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(two[0], one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_in_fine_tuning(few_digits: Path, tmp_path: Path) -> None:
     one = tuning_on_this_rank(str(few_digits), str(tmp_path / "1"), True)
     two = on_ranks(2, tuning_on_this_rank, str(few_digits), str(tmp_path / "2"), True)

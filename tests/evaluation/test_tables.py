@@ -85,6 +85,9 @@ def test_one_seed_has_no_deviation(make: Make) -> None:
         (["seed=1", "head.sparse.weight=1e-3"], False),
         (["seed=1", "data.name=cifar100"], False),  # changeable, and yet other pictures
         (["seed=1", "max_steps=10"], False),  # changeable, and yet not as long
+        (["seed=1", "data.protocol=imagenet"], False),  # changeable, and yet measured otherwise
+        (["seed=1", "data.evaluation_view={size: 40, ops: [{op: normalize}]}"], False),
+        (["seed=1", "data.labelled_view={size: 32, ops: [{op: flip}, {op: normalize}]}"], False),
         ([], False),  # the same seed again is no second draw
     ],
 )
@@ -174,6 +177,69 @@ def test_numbers_of_two_protocols_are_not_averaged(make: Make) -> None:
     ]
     cell = ours(runs, "CIFAR-10").cells[0]
     assert (cell.ours, cell.foreign) == (tables.Statistic(81.0, None, 1), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "remark"),
+    [
+        ("cifar10/byol", [], None),
+        ("cifar10/byol", ["data.name=stl10"], None),
+        ("cifar10/byol", ["data.name=tiny_imagenet"], None),
+        ("imagenet/byol", ["data.name=imagenet100"], None),
+        ("cifar10/byol", ["data.name=imagenet100"], "backbone resnet18, not the paper's (resnet50)"),
+        ("imagenet/byol", [], None),
+        ("cifar10/byol", ["backbone.name=resnet50"], "backbone resnet50, not the paper's (resnet18)"),
+        ("imagenet/byol", ["backbone.name=resnet18"], "backbone resnet18, not the paper's (resnet50)"),
+        (
+            "cifar10/byol",
+            ["backbone.arguments={layers: [1, 1, 1, 1]}"],
+            "backbone resnet18 (layers=[1, 1, 1, 1]), not the paper's (resnet18)",
+        ),
+    ],
+)
+def test_another_backbone_than_the_papers_is_marked(
+    make: Make, name: str, overrides: list[str], remark: str | None
+) -> None:
+    numbers = {"box": {"AP": 39.1}, "mask": {"AP": 35.5}}
+    files: dict[str, dict[str, Any]] = {
+        "knn": {"knn5_top1": 60.0},
+        "semi_supervised_1percent": {"semi_top1": 50.0},
+        "detection": numbers,
+    }
+    run = make("run", name, *overrides, **files)
+    data = tables.read(run).data
+    protocol = "imagenet" if data in ("imagenet", "imagenet100") else "small"
+    run.write_result("linear_probe", {"linear_top1": 70.0, "protocol": protocol})
+    parts = [part for part in tables.tables(tables.groups([run])) if part.has_ours]
+    cells = [cell for part in parts for row in part.rows if row.group for cell in row.cells if cell.ours]
+    assert len(cells) == {"imagenet": 4, "imagenet100": 1}.get(str(data), 2)
+    assert {(cell.foreign, cell.remarks) for cell in cells} == {(remark is not None, (remark,) if remark else ())}
+
+
+def test_a_changed_recipe_is_marked_and_not_averaged_with_another(make: Make) -> None:
+    changes: list[Any] = [
+        ["learning_rates=[0.1,0.3]", "epochs=2"],
+        ["epochs=2", "learning_rates=[0.1,0.3]"],
+        ["epochs=3"],
+    ]
+    runs = [
+        make(f"s{seed}", "cifar10/byol", f"seed={seed}", linear_probe={"linear_top1": 80.0 + seed, "changed": changed})
+        for seed, changed in enumerate(changes)
+    ]
+    cell = ours(runs, "CIFAR-10").cells[0]
+    assert cell.ours is not None
+    assert (cell.ours.mean, cell.ours.n, cell.foreign) == (80.5, 2, True)
+    assert cell.remarks == ("recipe changed: epochs=2, learning_rates=[0.1,0.3]",)
+    # One of the paper's protocol goes before two that are not, with an empty list or none.
+    for values in ({"changed": []}, {}):
+        runs[2].write_result("linear_probe", {"linear_top1": 90.0, **values})
+        assert ours(runs, "CIFAR-10").cells[0] == tables.Cell(cell.paper, tables.Statistic(90.0, None, 1))
+
+
+def test_a_superseded_result_is_none(make: Make) -> None:
+    run = make("run", knn={"knn5_top1": 90.0})
+    (run.results / "superseded.jsonl").write_text('{"knn5_top1": 10.0}\n{"knn5_top1": 20.0}\n')
+    assert list(tables.read(run).results) == ["knn"]
 
 
 def test_imagenets_other_tables(make: Make) -> None:
