@@ -94,6 +94,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    distributed.start()  # again, where a test ran a verb to its end
     torch.manual_seed(0)
 
 
