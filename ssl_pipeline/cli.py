@@ -90,7 +90,11 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
                 f"{text.partition('=')[0]!r} does not change an evaluation: give data.*, backbone.* or seed of the run, or "
                 "recipe.* of the evaluation, as in recipe.epochs=50"
             )
+        if text.startswith("seed=") and not args.random_init:
+            raise BadInput("seed belongs to --random-init; an evaluation's own is recipe.seed")
     tree = None
+    if args.config is not None and args.source.is_dir():
+        raise BadInput(f"{args.source} is a run and has its own config: leave --config out, or change it by data.*")
     if args.config is not None:
         tree = config.load(args.config, rest)
     elif run is not None:
@@ -100,9 +104,11 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     source = features.options(args.source, tree.values if tree else None, args.random_init)
     values: Any = tree.values if tree else {}
     if args.data is not None:
-        if not args.data.is_dir():
+        lacking = [split for split in ("train", "val") if not (args.data / split).is_dir()]
+        if lacking:
             raise BadInput(
-                f"--data {str(args.data)!r} is no folder: give one laid out as train/<class>/ and val/<class>/"
+                f"--data {str(args.data)!r} has no folder {' and no '.join(lacking)}: give one laid out as train/<class>/ and "
+                "val/<class>/, or with tar shards in both"
             )
         source = source.model_copy(update={"root": args.data, "name": args.data.absolute().name})
     into = RunFolder(args.output) if args.output else run
@@ -156,7 +162,12 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
         )
         if options.list_path is None:
             semi_supervised.known_list(source.name, args.percent)
-        name = f"semi_supervised_{args.percent:g}percent{'_sweep' if args.sweep else ''}{end}"
+        if (made.backbone_rates or made.head_rates) and not args.sweep:
+            raise BadInput(
+                "recipe.backbone_rates and recipe.head_rates are a sweep's: give --sweep, or recipe.backbone_rate"
+            )
+        listed = f"_{args.list.stem}" if args.list and args.list.name not in semi_supervised.names() else ""
+        name = f"semi_supervised_{args.percent:g}percent{listed}{'_sweep' if args.sweep else ''}{end}"
         found = _Evaluation(source, into, name, made, "fine-tuning", preset, options)
     if into is None:
         raise BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
@@ -199,10 +210,17 @@ def _tell(args: argparse.Namespace, asked: _Evaluation, result: dict[str, Any]) 
             into.describe({"method": {"name": str(args.source)}, "backbone": backbone, "data": data})
         measured: dict[str, Any] = {"weights": asked.features.weights, "data_root": str(asked.features.root)}
         measured["data_name"] = asked.features.name
+        measured["ranks"] = distributed.world_size()
+        places = ("data.root=", "data.threads=", "data.readers=")
+        measured["changed"] = [text.removeprefix("recipe.") for text in args.overrides if not text.startswith(places)]
         if asked.recipe is not None:
             measured["recipe"] = asked.recipe.model_dump(mode="json")
-            measured["changed"] = [text[len("recipe.") :] for text in args.overrides if text.startswith("recipe.")]
+        before = into.read_results().get(asked.name)
         print(f"written to {into.write_result(asked.name, {**result, **measured})}")
+        if before not in (None, {**result, **measured}):
+            print(f"the result that stood there is kept in {into.results / 'superseded.jsonl'}")
+    else:
+        print("written nowhere: give --output FOLDER")
     return Status.DONE
 
 
@@ -586,6 +604,9 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
         if str(stop):  # empty on the ranks that stop because another one did
             print(f"ssl-pipeline: {stop}", file=sys.stderr)
         return int(stop.status)
+    except KeyboardInterrupt:
+        print("ssl-pipeline: stopped by Ctrl-C; the same command starts again", file=sys.stderr)
+        return int(Status.STOPPED)
     except BrokenPipeError:
         return int(Status.DONE)
     finally:

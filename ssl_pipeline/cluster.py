@@ -154,8 +154,12 @@ def status(run: RunFolder) -> str:
             lines.append(f"job {event['job']}  {event['verb']}: {state}")
     for name, values in run.read_results().items():
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        lines.append(f"result {name}: {', '.join(f'{key} {value:.2f}' for key, value in numbers.items())}")
+        lines.append(f"result {name}: {', '.join(f'{key} {_number(key, value)}' for key, value in numbers.items())}")
     return "\n".join(lines)
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.2f}" if key.endswith(("_top1", "_top5")) else f"{value:g}"
 
 
 def _state(

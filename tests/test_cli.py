@@ -126,7 +126,8 @@ def test_linear_probe_by_each_protocol(small_run: Path, capsys: pytest.CaptureFi
     assert result_of(small_run, "linear_probe_logistic")["c"] == 1.0
     assert called("linear-probe", small_run, "recipe.epochs=2", "data.protocol=small") == Status.DONE
     found = result_of(small_run, "linear_probe")
-    assert (found["protocol"], found["changed"], found["recipe"]["epochs"]) == ("small", ["epochs=2"], 2)
+    assert (found["protocol"], found["changed"]) == ("small", ["epochs=2", "data.protocol=small"])
+    assert (found["recipe"]["epochs"], found["ranks"]) == (2, 1)
     assert called("linear-probe", small_run, "recipe.epochs=3") == Status.DONE
     (superseded,) = read_lines(small_run / "results" / "superseded.jsonl")
     assert superseded == {"name": "linear_probe", **found}
@@ -172,14 +173,17 @@ def test_transfer_and_a_backbone_that_is_no_run(small_run: Path, photos: Path, t
             "unknown key `recipe.epoch`; the nearest is `recipe.epochs`",
         ),
         (["linear-probe", "RUN", "epochs=3"], "'epochs' does not change an evaluation"),
-        (["knn", "RUN", "seed=abc"], "`seed` = 'abc'"),
+        (["knn", "RUN", "seed=3"], "seed belongs to --random-init"),
+        (["knn", "RUN", "seed=abc", "--random-init"], "`seed` = 'abc'"),
+        (["knn", "RUN", "--config", "smoke"], "is a run and has its own config"),
+        (["semi-supervised", "RUN", "--percent", "10", "recipe.head_rates=[1]"], "are a sweep's: give --sweep"),
         (["linear-probe", "RUN", "--protocol", "imagenet", "recipe.learning_rates=[-1]"], "greater than 0"),
         (
             ["linear-probe", "RUN", "--protocol", "imagenet", "--preset", "simclr", "recipe.optim.momentum=0"],
             "nesterov needs",
         ),
         (["knn", "timm:resnet18.a1_in1k", "--config", "smoke", "--output", "RUN"], "holds results of"),
-        (["linear-probe", "RUN", "--data", "nowhere"], "--data 'nowhere' is no folder"),
+        (["linear-probe", "RUN", "--data", "nowhere"], "--data 'nowhere' has no folder train and no val"),
         (["knn", "RUN", "recipe.k=3"], "knn has no recipe.k=3: it takes --k and --temperature"),
         (["semi-supervised", "RUN", "--percent", "0"], "`percent` = 0.0"),
         (["semi-supervised", "RUN", "--percent", "1", "data.name=imagenet"], "no list of ImageNet's 1 %"),

@@ -31,7 +31,7 @@ class Options(config.Options):
     """What to measure along the way; nothing where the training pictures have fewer than two classes."""
 
     linear: bool = True
-    """A linear classifier on the first view's features: online_top1 and online_loss of each logged step."""
+    """A linear classifier on the first view's features: online_top1, online_top5 and online_loss of each logged step."""
     learning_rate: float = Field(1e-3, gt=0)
     """Of the classifier's Adam, constant: features of any scale are met."""
     knn_every_epochs: int | None = Field(None, gt=0)
@@ -85,7 +85,7 @@ class Online(nn.Module):
             self.optimizer = torch.optim.Adam(self.parameters(), options.learning_rate, fused=True)
 
     def step(self, representations: Tensor, labels: Tensor, finite: Tensor) -> dict[str, Tensor]:
-        """Train the classifier on features (N, D) and labels (N,) of this rank; its top-1, in percent, and loss, before.
+        """Train the classifier on features (N, D) and labels (N,) of this rank; top-1, top-5 (percent) and loss before.
 
         Like the run's own update it is left out where `finite`, a boolean on the device, is false. No host sync.
         """
@@ -99,7 +99,12 @@ class Online(nn.Module):
             p.grad = distributed.mean_over_ranks(gradient) if self.world.size > 1 else gradient
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        return {"online_loss": loss.detach(), "online_top1": 100 * (logits.argmax(dim=1) == labels).float().mean()}
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        return {
+            "online_loss": loss.detach(),
+            "online_top1": 100 * right[:, 0].float().mean(),
+            "online_top5": 100 * right.any(dim=1).float().mean(),
+        }
 
     def due(self, epoch: int) -> bool:
         """Whether k-nn is to be measured after `epoch` epochs."""

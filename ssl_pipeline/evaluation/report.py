@@ -402,9 +402,15 @@ def _facts(entry: Entry) -> dict[str, Cell]:
 
 
 def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Iterator[Grid]:
-    """The tables of one file in results/: one of all runs' plain values, and one a run of nested mappings."""
+    """The tables of one file in results/: one of all runs' plain values, and one a run of nested mappings and of rows."""
+    of_runs = [{key: value for key, value in values.items() if key != "recipe"} for values in of_runs]  # in the JSON
     flat = list(
-        dict.fromkeys(key for values in of_runs for key, value in values.items() if not isinstance(value, Mapping))
+        dict.fromkeys(
+            key
+            for values in of_runs
+            for key, value in values.items()
+            if not isinstance(value, Mapping) and not _is_rows(value)
+        )
     )
     several = len(heads) > 1
     rows: list[list[Cell]] = []
@@ -413,7 +419,7 @@ def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[st
     alike = len({recipe for recipe, values in zip(recipes, of_runs, strict=True) if values}) == 1
     for recipe, head in zip(recipes, heads, strict=True):
         if recipe:
-            remarks.append(f"recipe changed{f', {head}' if several else ''}: {', '.join(recipe)}")
+            remarks.append(f"changed{f', {head}' if several else ''}: {', '.join(recipe)}")
     for key in flat:
         if key == "changed":
             continue
@@ -429,11 +435,21 @@ def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[st
         columns = ["", *heads, *(["mean ± deviation"] if several else [])]
         yield Grid(f"results/{file}.json", columns, rows, remarks=remarks)
     for values, head in zip(of_runs, heads, strict=True):
+        for key, tried in values.items():
+            if _is_rows(tried):
+                columns = list(dict.fromkeys(column for row in tried for column in row))
+                rows = [[_value(row.get(column)) for column in columns] for row in tried]
+                yield Grid(f"results/{file}.json, {key}{f', {head}' if several else ''}", columns, rows)
         nested = {key: _leaves(value) for key, value in values.items() if isinstance(value, Mapping)}
         if nested:
             columns = list(dict.fromkeys(key for leaves in nested.values() for key in leaves))
             rows = [[name, *(_value(leaves.get(column)) for column in columns)] for name, leaves in nested.items()]
             yield Grid(f"results/{file}.json{f', {head}' if several else ''}", ["", *columns], rows)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of mappings, as the heads of a grid."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def _leaves(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -60,6 +60,11 @@ class Options(config.Options):
     sweep: bool = False
 
 
+def names() -> list[str]:
+    """Names of SimCLR's lists."""
+    return [name for name, _, _ in LISTS.values()]
+
+
 def cache() -> Path:
     """Where lists are looked for: $SSL_PIPELINE_CACHE, else ~/.cache/ssl_pipeline."""
     return Path(os.environ.get("SSL_PIPELINE_CACHE") or Path.home() / ".cache" / "ssl_pipeline")
@@ -98,7 +103,7 @@ def subset(options: Options, seed: int, index: Index) -> tuple[np.ndarray, str]:
     if missing or not names:
         raise BadInput(
             f"{len(missing)} of the {len(names)} pictures of {str(path)!r} are not in {str(index.root)!r}, as "
-            f"{', '.join(missing[:3]) or 'none at all'}: give the data set that the list belongs to"
+            f"{', '.join(missing[:3]) or 'none at all'}: give a list of names relative to it, as {index.paths[0]}"
         )
     several = [name for name in names if len(places[name]) > 1]
     if several:
@@ -153,6 +158,8 @@ def run(options: Options, recipe: Recipe, preset: str, parent: Path) -> tuple[di
     result: dict[str, Any] = {
         "percent": options.percent,
         "labelled_pictures": len(labelled),
+        "labelled_percent": 100 * len(labelled) / len(index),
+        "batch_size": min(recipe.batch_size, len(labelled)),
         "labelled_by": origin,
         "preset": preset,
         "epochs": recipe.epochs,

@@ -450,7 +450,7 @@ def _kind(result: str, values: Mapping[str, Any], entry: Entry, data: str) -> tu
     if (backbone := _other_backbone(entry, data)) is not None:
         remarks.append(f"backbone {backbone}, not the paper's ({_network(data)})")
     if changed(values):
-        remarks.append(f"recipe changed: {', '.join(changed(values))}")
+        remarks.append(f"changed: {', '.join(changed(values))}")
     foreign = bool(remarks)
     remarks += [f"preset {values['preset']}"] if values.get("preset") is not None else []
     remarks += [f"chosen on: {values['chosen_on']}"] if values.get("chosen_on") is not None else []

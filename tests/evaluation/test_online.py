@@ -76,6 +76,7 @@ def test_the_probe_is_a_plain_adam_on_detached_features(few_digits: Path) -> Non
         loss.backward()
         optimizer.step()
     assert logs["online_top1"] > 60  # of ten classes
+    assert logs["online_top5"] > logs["online_top1"]
     assert features_.grad is None
 
 

@@ -225,7 +225,7 @@ def test_a_changed_recipe_is_told_and_not_averaged_with_another(make: Make) -> N
     ]
     text = report.markdown(runs)
     assert f"| linear_top1 | 60.00 | 92.00 | {report.NONE} |" in text
-    assert "recipe changed, seed 0: epochs=2" in text
+    assert "changed, seed 0: epochs=2" in text
     assert "| changed |" not in text
     assert row(text, "1: CIFAR-10", "SimCLR + SparseHead")[2] == "92.00 (n = 1)"
     runs[1].write_result("linear_probe", changed | {"linear_top1": 62.0})
@@ -233,7 +233,7 @@ def test_a_changed_recipe_is_told_and_not_averaged_with_another(make: Make) -> N
     assert "| linear_top1 | 60.00 | 62.00 | 61.00 ± 1.41 |" in text
     _, _, mean, *_, notes = row(text, "1: CIFAR-10", "SimCLR + SparseHead")
     assert mean == "† 61.00 ± 1.41"
-    assert notes.startswith("linear: † recipe changed: epochs=2<br>")
+    assert notes.startswith("linear: † changed: epochs=2<br>")
 
 
 def test_the_figure_of_accuracies_shows_no_losses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,9 @@ def test_results_of_every_shape_are_shown(make: Make) -> None:
     }
     run = make("run", linear_probe=probe, odd=[1, 2, 3])
     text = report.markdown([run])
-    assert "| heads | 2 values |\n| converged | yes |\n\nchosen_on: val" in text
+    assert "| converged | yes |\n\nchosen_on: val" in text
+    assert "| learning_rate | val_top1 |" in text
+    assert "| 70.00 |" in text
     assert "|  | 0.1 | a.b |\n| --- | ---: | ---: |\n| tried | 70.00 | 1 |" in text
     assert "| value | 3 values |" in text
     config_alone = make("weights")

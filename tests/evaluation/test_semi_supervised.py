@@ -47,7 +47,8 @@ def test_a_list_names_the_pictures(few_digits: Path, tmp_path: Path, caplog: pyt
     assert "names pictures of 3 classes of 10" in caplog.text
     (tmp_path / "other.txt").write_text("\n".join([names[0], "n01440764_10026.JPEG"]))
     with pytest.raises(
-        BadInput, match=r"1 of the 2 pictures of .*other.txt' are not in .*, as n01440764_10026.JPEG: give"
+        BadInput,
+        match=r"1 of the 2 pictures of .*other.txt' are not in .*, as n01440764_10026.JPEG: give a list of names relative",
     ):
         semi_supervised.subset(options(few_digits, list_path=tmp_path / "other.txt"), 0, index)
     doubled = replace(index, paths=("0/a.png", "1/a.png", "1/b.png"), labels=np.array([0, 1, 1]))

@@ -229,7 +229,7 @@ def test_a_changed_recipe_is_marked_and_not_averaged_with_another(make: Make) ->
     cell = ours(runs, "CIFAR-10").cells[0]
     assert cell.ours is not None
     assert (cell.ours.mean, cell.ours.n, cell.foreign) == (80.5, 2, True)
-    assert cell.remarks == ("recipe changed: epochs=2, learning_rates=[0.1,0.3]",)
+    assert cell.remarks == ("changed: epochs=2, learning_rates=[0.1,0.3]",)
     # One of the paper's protocol goes before two that are not, with an empty list or none.
     for values in ({"changed": []}, {}):
         runs[2].write_result("linear_probe", {"linear_top1": 90.0, **values})
