@@ -257,7 +257,7 @@ def load(weights: str | Path, options: Options) -> nn.Module:
     """
     backbone = build(options)
     text = str(weights)
-    file = _read(Path(weights)) if named(text) is None else _fetched(text, backbone.state_dict())
+    file = read(Path(weights)) if named(text) is None else _fetched(text, backbone.state_dict())
     readings = list(_readings(file, backbone))
     if not readings:
         raise BadInput(f"{text!r} is no plain mapping of names to tensors, nor a checkpoint with one in a known place")
@@ -280,7 +280,7 @@ def load(weights: str | Path, options: Options) -> nn.Module:
     return backbone
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
     """What lies in a file, tensors on the host."""
     try:
         if path.suffix == ".safetensors":
@@ -339,18 +339,37 @@ def _own(
     counts = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     if not counts.keys() & own.keys():
         own |= counts
-    return own, _problems(own, expected) + strange
+    return own, differences(own, expected) + strange
+
+
+def recognise(path: Path) -> Options:
+    """The network that a file's weights are of, where it is a common one. Raises BadInput."""
+    found = _fitting(read(path), COMMON)
+    if found is None:
+        raise BadInput(f"{str(path)!r} does not say which network it is of, and is no common one: give --config NAME")
+    if found.stem == "small":
+        raise BadInput(
+            f"{str(path)!r} is of {found.name} with stem small or small_maxpool, which it does not say: give --config NAME"
+        )
+    return found
+
+
+def _fitting(file: Any, candidates: list[Options]) -> Options | None:
+    """The first network that the file's weights fit."""
+    for other in candidates:
+        network = _on_meta(other.model_dump_json())
+        if network is not None and any(not problems for _, _, problems in _readings(file, network)):
+            return other
+    return None
 
 
 def _what_fits(file: Any, options: Options) -> str:
     """Which network the file is of instead, as the end of a sentence; empty where it is no common one."""
-    others = [options.model_copy(update={"stem": stem}) for stem in ("standard", "small")] + COMMON
-    for other in others:
-        network = _on_meta(other.model_dump_json())
-        if network is not None and any(not problems for _, _, problems in _readings(file, network)):
-            stem = "small or small_maxpool" if other.stem == "small" else other.stem
-            return f"; it fits {other.name} with stem {stem}: take a config with that backbone"
-    return ""
+    other = _fitting(file, [options.model_copy(update={"stem": stem}) for stem in ("standard", "small")] + COMMON)
+    if other is None:
+        return ""
+    stem = "small or small_maxpool" if other.stem == "small" else other.stem
+    return f"; it fits {other.name} with stem {stem}: take a config with that backbone"
 
 
 COMMON = [
@@ -359,22 +378,28 @@ COMMON = [
 ]
 
 
+def on_meta(options: Options) -> nn.Module:
+    """The network without memory. Raises BadInput as `build`."""
+    with torch.device("meta"):
+        return build(options)
+
+
 @functools.cache
 def _on_meta(options: str) -> nn.Module | None:
     """The network without memory, of options as JSON, which can be a key of the cache; None where there is none."""
     try:
-        with torch.device("meta"):
-            return build(Options.model_validate_json(options))
+        return on_meta(Options.model_validate_json(options))
     except BadInput:
         return None
 
 
 def compare(given: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """What is wrong with the names and shapes of a state dict, in a few words; empty if nothing is."""
-    return _some(_problems(given, expected))
+    return _some(differences(given, expected))
 
 
-def _problems(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def differences(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the names and shapes of a state dict, a few words each."""
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is too much" for name in given if name not in expected]
     problems += [

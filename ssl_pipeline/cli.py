@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 Verb = Callable[[argparse.Namespace], int]
 
-RESUMED = ("pretrain", "linear-probe", "semi-supervised")  # as in launch, which --help does not wait for
+RESUMED = (
+    "pretrain",
+    "linear-probe",
+    "semi-supervised",
+    "train-detectron2",
+)  # as in launch, which --help does not wait for
 
 
 # --------------------------------------------------------------------------------------------------------------- verbs
@@ -79,7 +84,6 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     """All that can be checked of an evaluation before it runs has been. Raises BadInput."""
     from ssl_pipeline import config
     from ssl_pipeline.evaluation import features, linear, logistic, probe, semi_supervised
-    from ssl_pipeline.run_folder import RunFolder
 
     run = _run_of(args.source)
     own = [text.removeprefix("recipe.") for text in args.overrides if text.startswith("recipe.")]
@@ -111,17 +115,11 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
                 "val/<class>/, or with tar shards in both"
             )
         source = source.model_copy(update={"root": args.data, "name": args.data.absolute().name})
-    into = RunFolder(args.output) if args.output else run
+    into = _into(args, run)
     verb = args.verb.replace("-", "_")
-    end = ("_random_init" if args.random_init else "") + (f"_{args.source.stem}" if args.source.is_file() else "")
+    end = _end(args)
     trained_on = run.read_config().get("data", {}).get("name") if run is not None else source.name
     end += f"@{source.name}" if args.data is not None or source.name != trained_on else ""
-    if args.output is not None and into is not None and into.config.is_file():
-        owner = into.read_config().get("method", {}).get("name")
-        if owner != str(args.source) and (run is None or into.path.resolve() != run.path.resolve()):
-            raise BadInput(
-                f"--output {str(args.output)!r} holds results of {owner!r}: name another folder for {args.source}"
-            )
     if args.verb == "knn":
         if own:
             raise BadInput(f"knn has no recipe.{own[0]}: it takes --k and --temperature")
@@ -170,8 +168,31 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
         name = f"semi_supervised_{args.percent:g}percent{listed}{'_sweep' if args.sweep else ''}{end}"
         found = _Evaluation(source, into, name, made, "fine-tuning", preset, options)
     if into is None:
-        raise BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
+        raise _nowhere(args)
     return found
+
+
+def _into(args: argparse.Namespace, run: RunFolder | None) -> RunFolder | None:
+    """Whose results/ an evaluation writes to. Raises BadInput where --output is another source's."""
+    from ssl_pipeline.run_folder import RunFolder
+
+    into = RunFolder(args.output) if args.output else run
+    if args.output is not None and into is not None and into.config.is_file():
+        owner = into.read_config().get("method", {}).get("name")
+        if owner != str(args.source) and (run is None or into.path.resolve() != run.path.resolve()):
+            raise BadInput(
+                f"--output {str(args.output)!r} holds results of {owner!r}: name another folder for {args.source}"
+            )
+    return into
+
+
+def _nowhere(args: argparse.Namespace) -> BadInput:
+    return BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
+
+
+def _end(args: argparse.Namespace) -> str:
+    """What a result's name says of its source."""
+    return ("_random_init" if args.random_init else "") + (f"_{args.source.stem}" if args.source.is_file() else "")
 
 
 def _run_of(source: Path) -> RunFolder | None:
@@ -194,33 +215,49 @@ def _begin(args: argparse.Namespace) -> _Evaluation:
 
 
 def _tell(args: argparse.Namespace, asked: _Evaluation, result: dict[str, Any]) -> int:
-    """Print a result and write it into RUN/results, on the main rank."""
+    """Print a result of an evaluation on pictures and write it into RUN/results, on the main rank."""
+    features = asked.features
+    data = {"name": features.name, "root": str(features.root)}
+    described = {"backbone": features.backbone.model_dump(mode="json"), "data": data}
+    measured: dict[str, Any] = {
+        "weights": features.weights,
+        "data_root": str(features.root),
+        "data_name": features.name,
+        **({"recipe": asked.recipe.model_dump(mode="json")} if asked.recipe is not None else {}),
+    }
+    return _record(args, asked.into, asked.name, result, measured, described)
+
+
+def _record(
+    args: argparse.Namespace,
+    into: RunFolder | None,
+    name: str,
+    result: dict[str, Any],
+    measured: dict[str, Any],
+    described: dict[str, Any],
+) -> int:
+    """Print a result and write it into results/, on the main rank; `described` is of a source that is no run of ours."""
     from ssl_pipeline import distributed
 
     if distributed.rank() != 0:
         return Status.DONE
     for key, value in result.items():
-        if isinstance(value, (int, float, str)):
+        if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
+            print(f"{key}: " + ", ".join(f"{name} {one:.2f}" for name, one in value.items()))
+        elif isinstance(value, (int, float, str)):
             print(f"{key}: {value:.2f} %" if key.endswith(("_top1", "_top5")) else f"{key}: {value}")
-    if asked.into is not None:
-        into = asked.into
-        if not into.config.is_file():  # a folder for a backbone that is no run of ours
-            backbone = asked.features.backbone.model_dump(mode="json")
-            data = {"name": asked.features.name, "root": str(asked.features.root)}
-            into.describe({"method": {"name": str(args.source)}, "backbone": backbone, "data": data})
-        measured: dict[str, Any] = {"weights": asked.features.weights, "data_root": str(asked.features.root)}
-        measured["data_name"] = asked.features.name
-        measured["ranks"] = distributed.world_size()
-        places = ("data.root=", "data.threads=", "data.readers=")
-        measured["changed"] = [text.removeprefix("recipe.") for text in args.overrides if not text.startswith(places)]
-        if asked.recipe is not None:
-            measured["recipe"] = asked.recipe.model_dump(mode="json")
-        before = into.read_results().get(asked.name)
-        print(f"written to {into.write_result(asked.name, {**result, **measured})}")
-        if before not in (None, {**result, **measured}):
-            print(f"the result that stood there is kept in {into.results / 'superseded.jsonl'}")
-    else:
+    if into is None:
         print("written nowhere: give --output FOLDER")
+        return Status.DONE
+    if not into.config.is_file():
+        into.describe({"method": {"name": str(args.source)}, **described})
+    places = ("data.root=", "data.threads=", "data.readers=", "DATALOADER.")
+    changed = [text.removeprefix("recipe.") for text in args.overrides if not text.startswith(places)]
+    result = {**result, **measured, "ranks": distributed.world_size(), "changed": changed}
+    before = into.read_results().get(name)
+    print(f"written to {into.write_result(name, result)}")
+    if before not in (None, result):
+        print(f"the result that stood there is kept in {into.results / 'superseded.jsonl'}")
     return Status.DONE
 
 
@@ -263,6 +300,83 @@ def semi_supervised(args: argparse.Namespace) -> int:
         listing.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         result["labelled_list"] = str(listing)
     return _tell(args, asked, result)
+
+
+def _weights(args: argparse.Namespace) -> Any:
+    """The backbone that is to go out: export.Source."""
+    from ssl_pipeline import config, export
+
+    if args.config is not None and args.source.is_dir():
+        raise BadInput(f"{args.source} is a run and has its own config: leave --config out")
+    run = _run_of(args.source)
+    values = config.load(args.config).values if args.config is not None else run.read_config() if run else None
+    return export.source(args.source, values, getattr(args, "random_init", False))
+
+
+def convert_to_detectron2(args: argparse.Namespace) -> int:
+    """write a backbone as Detectron2 reads it (.pkl), checked tensor by tensor and by its features"""
+    from ssl_pipeline import export
+
+    source = _weights(args)
+    done = export.to_detectron2(
+        source.backbone, source.options, args.out, f"ssl_pipeline {__version__}, from {source.name}"
+    )
+    norms = done.tensors // 5
+    print(f"source: {source.name} ({source.options.name})")
+    print(f"tensors: {done.tensors}, of {norms} convolutions and their batch norms; counters left out: {done.left_out}")
+    print(
+        f"largest difference of res2 to res5, read back and rebuilt: {done.difference:.1e} (limit {export.TOLERANCE:g})"
+    )
+    if done.by_detectron2 is None:
+        print("largest difference by Detectron2 itself: not measured, it is not installed here")
+    else:
+        print(f"largest difference by Detectron2 itself: {done.by_detectron2:.1e} (limit {export.TOLERANCE:g})")
+    print("Detectron2 must be told, as configs/detectron2 does:")
+    for key, value in {"INPUT.FORMAT": "RGB", **source.pixels, **done.resnet.settings}.items():
+        print(f"  {key} {value}")
+    print(f"written to {args.out}")
+    return Status.DONE
+
+
+def export(args: argparse.Namespace) -> int:
+    """write a backbone by torchvision's or timm's names, or as safetensors, checked by its features"""
+    from ssl_pipeline import export
+
+    source = _weights(args)
+    difference = export.export(source.backbone, source.options, args.out, args.format)
+    print(f"source: {source.name} ({source.options.name})")
+    print(f"largest difference of features, read back by {args.format}: {difference:.1e} (limit {export.TOLERANCE:g})")
+    print(f"written to {args.out}")
+    return Status.DONE
+
+
+def train_detectron2(args: argparse.Namespace) -> int:
+    """fine-tune and measure a detector on Detectron2, from a backbone: Table 3's Mask R-CNN and others"""
+    from ssl_pipeline import distributed
+    from ssl_pipeline.evaluation import detection
+
+    if not distributed.start().is_main:
+        logging.getLogger("ssl_pipeline").setLevel(logging.WARNING)
+    source, into, name = distributed.together(lambda: _detection(args))
+    result = detection.run(source, args.preset, args.overrides, into.path, name)
+    described = {"backbone": source.options.model_dump(mode="json")}
+    return _record(args, into, name, result, {"weights": source.name}, described)
+
+
+def _detection(args: argparse.Namespace) -> tuple[Any, RunFolder, str]:
+    """(source, whose results/, name of the result), all that can be checked before it runs having been. Raises BadInput."""
+    from ssl_pipeline.evaluation import detection
+
+    wrong = [text for text in args.overrides if "=" not in text or not text.split("=")[0].isupper()]
+    if wrong:
+        raise BadInput(f"{wrong[0]!r} is no option of Detectron2: give KEY.SUB=value, as in SOLVER.BASE_LR=0.03")
+    into = _into(args, _run_of(args.source))
+    if into is None:
+        raise _nowhere(args)
+    detection.require_detectron2(args.datasets)
+    source = _weights(args)
+    detection.prepare(source, args.preset, args.overrides)
+    return source, into, detection.result_name(args.preset, args.overrides, _end(args))
 
 
 def report(args: argparse.Namespace) -> int:
@@ -357,8 +471,12 @@ def launch(args: argparse.Namespace) -> int:
         if inner.verb == "report":
             RunFolder(source).read_config()
         else:
-            asked = _evaluation(inner)  # raises here what the job would raise hours later
-            if asked.protocol in ("imagenet", "fine-tuning") and asked.recipe.batch_size % resources.ranks:
+            asked = (
+                None if inner.verb == "train-detectron2" else _evaluation(inner)
+            )  # what the job would raise hours later
+            if asked is None:
+                _detection(inner)
+            elif asked.protocol in ("imagenet", "fine-tuning") and asked.recipe.batch_size % resources.ranks:
                 batch = asked.recipe.batch_size
                 raise BadInput(
                     f"recipe.batch_size = {batch} cannot be divided by {resources.ranks} processes: ask for others"
@@ -408,8 +526,8 @@ def experiment(args: argparse.Namespace) -> int:
         raise BadInput("--every needs jobs beside the training: give --cluster slurm or local")
     overrides = [*args.overrides, *([f"checkpoint.backbone_every_epochs={args.every}"] if args.every else [])]
     run = _freeze(args.config, overrides, args.output, resources, write=not args.dry_run)
-    data = config.load(args.config, overrides).values.get("data", {})
-    print(launch.experiment(run, resources, data, every=bool(args.every), dry_run=args.dry_run))
+    values = config.load(args.config, overrides).values
+    print(launch.experiment(run, resources, values, every=bool(args.every), dry_run=args.dry_run))
     return Status.DONE
 
 
@@ -509,6 +627,37 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--list", type=Path, metavar="FILE", help="names of the labelled pictures, one a line")
             verb.add_argument("--preset", help="a method's name or a YAML file (default barlow_twins)")
             verb.add_argument("--sweep", action="store_true", help="choose the rates on a held-out part of the labels")
+
+    def add_source(verb: argparse.ArgumentParser) -> None:
+        verb.add_argument("source", type=Path, help="a run folder, a file of weights, or timm:NAME or torchvision:NAME")
+        verb.add_argument("--config", help="config with backbone and data set, for a source that is no run")
+
+    verb = add("convert-to-detectron2", convert_to_detectron2)
+    add_source(verb)
+    verb.add_argument("out", type=Path, metavar="OUT.pkl")
+
+    verb = add("export", export)
+    add_source(verb)
+    verb.add_argument("out", type=Path, metavar="OUT", help="ends with .pth, .pt or .safetensors")
+    verb.add_argument(
+        "--format", required=True, choices=("torchvision", "timm", "safetensors"), help="whose names and networks"
+    )
+
+    verb = add("train-detectron2", train_detectron2)
+    add_source(verb)
+    verb.add_argument(
+        "overrides", nargs="*", metavar="KEY.SUB=value", help="Detectron2's options, as SOLVER.BASE_LR=0.03", default=[]
+    )
+    verb.add_argument(
+        "--preset",
+        default="coco_mask_rcnn_c4_1x",
+        help="a name in configs/detectron2 or a YAML file (default: Table 3's)",
+    )
+    verb.add_argument(
+        "--datasets", type=Path, metavar="FOLDER", help="with coco/ or VOC2007/ in it (default: $DETECTRON2_DATASETS)"
+    )
+    verb.add_argument("--random-init", action="store_true", help="the same backbone before any training")
+    verb.add_argument("--output", type=Path, metavar="FOLDER", help="where results and state go (default: the run)")
 
     def add_resources(verb: argparse.ArgumentParser) -> None:
         group = verb.add_argument_group("resources of the job")

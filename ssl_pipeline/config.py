@@ -144,7 +144,10 @@ def packaged_names() -> list[str]:
     """Names of all packaged configs that can be run, as `cifar10/simclr`."""
     root = packaged_configs()
     files = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-    return sorted(name for name in files if not any(part.startswith("_") for part in name.split("/")))
+    foreign = "detectron2"  # its configs are in its own form
+    return sorted(
+        name for name in files if not any(part.startswith("_") or part == foreign for part in name.split("/"))
+    )
 
 
 def presets(folder: str) -> list[str]:

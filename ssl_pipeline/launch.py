@@ -38,15 +38,16 @@ EVALUATIONS = {
     "linear-probe": ["linear-probe", "{source}"],
     "semi-supervised-1": ["semi-supervised", "{source}", "--percent", "1"],
     "semi-supervised-10": ["semi-supervised", "{source}", "--percent", "10"],
+    "detection": ["train-detectron2", "{source}"],
 }
 """Evaluations of an experiment, by the name of their job; {source} stands for the run or a bare backbone of it."""
 
 VERBS = tuple(dict.fromkeys(words[0] for words in EVALUATIONS.values()))
 
-RESUMED = ("pretrain", "linear-probe", "semi-supervised")
+RESUMED = ("pretrain", "linear-probe", "semi-supervised", "train-detectron2")
 """Verbs that answer a signal at a step boundary, save, and go on in the next slot."""
 
-HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "semi-supervised": 4, "report": 1}
+HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "semi-supervised": 4, "train-detectron2": 24, "report": 1}
 """Of one slot, where no --time is given."""
 
 _UNLIMITED = 10**6
@@ -381,24 +382,26 @@ def follow(submitted: Sequence[Any], resources: Resources, folder: Path, runs: S
 
 # ------------------------------------------------------------------------------------------------------- an experiment
 def experiment(
-    run: RunFolder, resources: Resources, data: Mapping[str, Any], *, every: bool = False, dry_run: bool = False
+    run: RunFolder, resources: Resources, values: Mapping[str, Any], *, every: bool = False, dry_run: bool = False
 ) -> str:
     """Submit pretraining (its config lies in the run folder) and, depending on it, every evaluation and the report.
 
-    `data` is the config's section of that name. A failed evaluation blocks no other. With `every`, k-nn and linear probes
+    `values` is the config. A failed evaluation blocks no other. With `every`, k-nn and linear probes
     of the bare backbones that pretraining keeps (checkpoint.backbone_every_epochs) are submitted as they appear.
     Returns what was submitted, to be printed.
     """
     folder = run.path / "logs"
-    evaluations, lines = _possible(run, data.get("name"))
+    evaluations, lines = _possible(run, values)
 
     def needs(name: str, dependency: str | None = None) -> Resources:
-        return _beside(resources, EVALUATIONS.get(name, [name])[0], data.get("protocol"), dependency)
+        return _beside(resources, EVALUATIONS.get(name, [name])[0], values.get("data", {}).get("protocol"), dependency)
 
     beside = []
     if every:
         beside = [
-            ["launch", *_of(name, "{backbone}"), *_flags(needs(name))] for name in evaluations if "semi" not in name
+            ["launch", *_of(name, "{backbone}"), *_flags(needs(name))]
+            for name in evaluations
+            if name in ("knn", "linear-probe")
         ]
     train = pretraining(run, beside)
     if dry_run:
@@ -438,15 +441,17 @@ def _of(name: str, source: str) -> list[str]:
     return [word.replace("{source}", source) for word in EVALUATIONS[name]]
 
 
-def _possible(run: RunFolder, data: str | None) -> tuple[list[str], list[str]]:
-    """Names of the evaluations that can run on this data set, and a sentence for each that cannot."""
-    from ssl_pipeline.evaluation import semi_supervised
+def _possible(run: RunFolder, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the evaluations that can follow a pretraining config, and a sentence for each that cannot."""
+    from ssl_pipeline.evaluation import detection, semi_supervised
 
     found, left_out = [], []
     for name, words in EVALUATIONS.items():
         try:
             if words[0] == "semi-supervised":
-                semi_supervised.known_list(data, float(words[-1]))
+                semi_supervised.known_list(values.get("data", {}).get("name"), float(words[-1]))
+            if words[0] == "train-detectron2":
+                detection.possible(values)
             found.append(name)
         except BadInput as error:
             left_out.append(f"{name} is left out: {error}; then: ssl-pipeline {shlex.join(_of(name, str(run.path)))}")
@@ -458,8 +463,9 @@ def _beside(resources: Resources, verb: str, protocol: str | None, dependency: s
 
     What trains on pictures gets one node as pretraining has it, all else one process.
     """
-    trains = verb == "semi-supervised" or (verb == "linear-probe" and protocol == "imagenet")
-    whole = trains and 256 % resources.tasks == 0  # every preset's batch is a multiple of 256
+    trains = verb in ("semi-supervised", "train-detectron2") or (verb == "linear-probe" and protocol == "imagenet")
+    batch = 16 if verb == "train-detectron2" else 256  # every preset's is a multiple of it
+    whole = trains and batch % resources.tasks == 0
     gpus = 0 if verb == "report" else resources.gpus_per_node if whole else min(resources.gpus_per_node, 1)
     time = f"{HOURS[verb]}:00:00"
     if resources.time and minutes(resources.time) < minutes(time):  # a short limit is likely the partition's

@@ -179,6 +179,16 @@ class RunFolder:
             self._lock = None
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Write a file whole or not at all. Raises StorageFailure."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(values), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageFailure(f"cannot write {path}: {error}; free room and give the same command again") from None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; one that was cut short by a kill is left out."""
     rows = []

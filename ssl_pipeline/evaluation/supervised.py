@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,12 +27,12 @@ from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.evaluation.features import Options as FeatureOptions
 from ssl_pipeline.evaluation.features import crop_and_flip
-from ssl_pipeline.exits import BadInput, Status, Stop, StorageFailure
+from ssl_pipeline.exits import BadInput, Status, Stop
 from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.monitor import Options as MonitorOptions
 from ssl_pipeline.optim import Options as OptimOptions
 from ssl_pipeline.preemption import Preemption
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, write_json
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -241,12 +240,7 @@ def fit(
 
 
 def _finish(run: RunFolder, finished: Path, history: History) -> None:
-    partial = finished.with_name(f".{finished.name}.partial")
-    try:
-        partial.write_text(json.dumps(history), encoding="utf-8")
-        os.replace(partial, finished)
-    except OSError as error:
-        raise StorageFailure(f"cannot write {finished}: {error}; free room and give the same command again") from None
+    write_json(finished, history)
     for step in checkpoint.saved_steps(run.checkpoints):
         checkpoint.checkpoint_file(run.checkpoints, step).unlink()
 
