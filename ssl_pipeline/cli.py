@@ -373,6 +373,7 @@ def _detection(args: argparse.Namespace) -> tuple[Any, RunFolder, str]:
     into = _into(args, _run_of(args.source))
     if into is None:
         raise _nowhere(args)
+    detection.preset_file(args.preset)
     detection.require_detectron2(args.datasets)
     source = _weights(args)
     detection.prepare(source, args.preset, args.overrides)

@@ -19,6 +19,7 @@ SHARED = GROUND | {
     "run_folder",
     "cluster",
     "preflight",
+    "export",
 }
 ALLOWED = {
     "exits": set(),
@@ -40,6 +41,7 @@ ALLOWED = {
     "run_folder": GROUND,
     "cluster": GROUND | {"run_folder"},
     "preflight": GROUND | {"cluster", "run_folder"},
+    "export": GROUND | {"backbone", "data", "run_folder"},
     "launch": SHARED,
     "evaluation": SHARED | {"evaluation"},
     "pretrain": SHARED | {"methods", "evaluation.online"},
@@ -48,7 +50,13 @@ ALLOWED = {
     "__main__": None,
     "__init__": set(),
 }
-LIBRARIES = {"nvidia": ("data",), "submitit": ("launch",), "apex": ("optim",), "yaml": ("config",)}
+LIBRARIES = {
+    "nvidia": ("data",),
+    "detectron2": ("evaluation",),
+    "submitit": ("launch",),
+    "apex": ("optim",),
+    "yaml": ("config",),
+}
 
 
 def modules() -> list[str]:

@@ -54,6 +54,7 @@ def test_the_lead_follows_the_time() -> None:
         "2:00:00",
         "8:00:00",
         "4:00:00",
+        "24:00:00",
         "1:00:00",
     ]
     with pytest.raises(BadInput, match="--signal-lead 1500 is too long for knn in a slot of 2:00:00"):
@@ -243,6 +244,7 @@ def test_a_dry_run_prints_scripts_and_makes_nothing(
         "report",
     ]
     assert stdout.count("#SBATCH --dependency=afterok:PRETRAIN") == 4
+    assert "# detection is left out: " in stdout
     assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "1", "8", "8"]
     monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
     stdout = here("experiment", *words, "data.name=imagenet", "data.protocol=imagenet", *full)[1]

@@ -40,10 +40,9 @@ def preset_file(preset: str) -> Path:
 
 def result_name(preset: str, overrides: Sequence[str], end: str) -> str:
     """The name of a result's file: `detection` for Table 3's protocol, at either learning rate."""
-    stem = Path(preset).stem
     seeds = [text.removeprefix("SEED=") for text in overrides if text.startswith("SEED=")]
     seed = f"_seed{seeds[-1]}" if seeds and seeds[-1] != "0" else ""
-    return "detection" + ("" if stem in (PAPER, f"{PAPER}_barlow_twins") else f"_{stem}") + seed + end
+    return "detection" + ("" if preset in (PAPER, f"{PAPER}_barlow_twins") else f"_{Path(preset).stem}") + seed + end
 
 
 def require_detectron2(datasets: Path | None) -> None:

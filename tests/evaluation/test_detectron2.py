@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,19 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import nn
 
 from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, export
+from ssl_pipeline.data.augment import Normalize
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
 
-from ssl_pipeline.evaluation import detectron2  # noqa: E402
+from ssl_pipeline.evaluation import detection, detectron2
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -36,7 +39,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def moved(name: str, **options: object) -> tuple[nn.Module, backbones.Options]:  # noqa: F821
+def moved(name: str, **options: object) -> tuple[nn.Module, backbones.Options]:
     """A network in which every tensor is another one's: batch-norm statistics too are drawn."""
     chosen = backbones.Options(name=name, **options)
     network = backbones.build(chosen).eval()
@@ -46,10 +49,8 @@ def moved(name: str, **options: object) -> tuple[nn.Module, backbones.Options]: 
     return network, chosen
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's two photographs as COCO's train2017 and val2017, with a box and a polygon each."""
-    root = tmp_path_factory.mktemp("datasets")
+def photographs(root: Path) -> Path:
+    """scikit-learn's two photographs as COCO's train2017 and val2017 in `root`, with a box and a polygon each."""
     (root / "coco" / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
         (root / "coco" / split).mkdir()
@@ -70,9 +71,12 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("preset", "names"), [("coco_mask_rcnn_c4_1x", "C4"), ("coco_mask_rcnn_fpn_1x", "FPN")]
-)
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photographs(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.mark.parametrize(("preset", "names"), [("coco_mask_rcnn_c4_1x", "C4"), ("coco_mask_rcnn_fpn_1x", "FPN")])
 def test_the_real_checkpointer_finds_every_tensor_of_the_backbone(
     tmp_path: Path, preset: str, names: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,25 +86,32 @@ def test_the_real_checkpointer_finds_every_tensor_of_the_backbone(
     assert done.by_detectron2 <= 1e-10  # in float64
     cfg = detectron2.configured(config.packaged_configs() / "detectron2" / f"{preset}.yaml", [], done.resnet.settings)
     model = build_model(detectron2.on_device(cfg, torch.device("cpu")))
-    committed = json.loads((Path(__file__).parents[1] / "data" / f"mask_rcnn_R_50_{names}_state_dict.json").read_text())
-    ours = {key: list(value.shape) for key, value in model.state_dict().items()}
-    extra = {"pixel_mean", "pixel_std"}
-    different = {key for key in ours.keys() | committed.keys() if ours.get(key) != committed.get(key)} - extra
-    assert all(".norm." in key or "num_batches" in key for key in different), different  # SyncBN's counters, MoCo's norm
+    file = Path(__file__).parents[1] / "data" / f"mask_rcnn_R_50_{names}_state_dict.json"
+    committed = json.loads(file.read_text())["state_dict"]
+    ours = {key: list(value.shape) for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
+    backbone = re.compile(r"(backbone\.(bottom_up\.)?(stem|res\d)|roi_heads\.res5\.\d)\.")
+    assert {key: shape for key, shape in ours.items() if backbone.match(key)} == {
+        key: shape for key, shape in committed.items() if backbone.match(key)
+    }
+    assert len([key for key in ours if backbone.match(key)]) == done.tensors == 265
     checkpointer = DetectionCheckpointer(model)
     kept: list[object] = []
     load = checkpointer._load_model
     checkpointer._load_model = lambda values: kept.append(load(values)) or kept[-1]
     checkpointer.load(str(tmp_path / "out.pkl"))
     (found,) = kept
-    missing = [key for key in found.missing_keys if key.startswith(("backbone.bottom_up", "backbone.stem", "backbone.res"))]
+    missing = [
+        key for key in found.missing_keys if key.startswith(("backbone.bottom_up", "backbone.stem", "backbone.res"))
+    ]
     assert [key for key in missing if "num_batches_tracked" not in key] == []
     assert found.unexpected_keys == []
     assert found.incorrect_shapes == []
     detectron2.require_loaded(model, export.read_detectron2(tmp_path / "out.pkl"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"]
+)
 def test_detectron2_computes_the_same_features_in_fp32(tmp_path: Path, name: str) -> None:
     network, options = moved(name)
     done = export.to_detectron2(network, options, tmp_path / "out.pkl", "test")
@@ -127,3 +138,154 @@ def test_a_model_that_did_not_take_a_tensor_is_refused(tmp_path: Path) -> None:
     model = build_model(detectron2.on_device(detectron2.configured(preset, [], {}), torch.device("cpu")))
     with pytest.raises(detectron2.BadInput, match="did not take"):
         detectron2.require_loaded(model, tensors)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole command
+def words(source: Path, coco: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "train-detectron2", str(source), "--datasets", str(coco), "--output", str(output), *SMALL,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST=0.0", "TEST.DETECTIONS_PER_IMAGE=5", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network, options = moved("resnet50")
+    path = tmp_path_factory.mktemp("weights") / "backbone.pth"
+    backbones.save(network, options, path)
+    return path
+
+
+def test_three_iterations_of_the_c4_config_train_and_are_measured(
+    tmp_path: Path, coco: Path, weights: Path, command: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    line = words(weights, coco, tmp_path / "out", "SOLVER.MAX_ITER=3", "SOLVER.STEPS=(2,)")
+    done = command(*line)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out" / "results").glob("*.json")
+    result = json.loads(file.read_text())
+    assert file.stem == "detection_backbone"
+    assert {kind: sorted(result[kind]) for kind in ("box", "mask")} == {
+        kind: ["AP", "AP50", "AP75"] for kind in ("box", "mask")
+    }
+    assert all(0 <= value <= 100 for kind in ("box", "mask") for value in result[kind].values())
+    assert (result["preset"], result["iterations"], result["ranks"]) == ("coco_mask_rcnn_c4_1x", 3, 1)
+    assert "SOLVER.MAX_ITER=3" in result["changed"]
+    assert not any(text.startswith("DATALOADER") for text in result["changed"])
+    (state,) = (tmp_path / "out" / "evaluations").iterdir()
+    assert [path.name for path in (state / "detectron2").glob("*.pth")] == ["model_final.pth"]
+    trained = torch.load(state / "detectron2" / "model_final.pth", weights_only=True)["model"]
+    before = torch.load(weights, weights_only=True)
+    assert not torch.equal(trained["backbone.stem.conv1.weight"], before["conv1.weight"])  # nothing is frozen
+    assert "roi_heads.res5.norm.running_mean" in trained
+    options, fine_tuned = export.from_detectron2(trained, "model_final.pth")
+    assert options.name == "resnet50"
+    assert torch.equal(fine_tuned.state_dict()["layer4.2.conv3.weight"], trained["roi_heads.res5.2.conv3.weight"])
+    again = command(*line)  # finished: only read
+    assert again.returncode == 0, again.stderr
+    assert "Starting training" not in again.stdout + again.stderr
+    assert json.loads(file.read_text()) == result
+
+
+def test_a_run_that_is_stopped_goes_on_and_saves_before_it_ends(tmp_path: Path, coco: Path, weights: Path) -> None:
+    line = [sys.executable, "-m", "ssl_pipeline", *words(weights, coco, tmp_path / "out", "SOLVER.MAX_ITER=40")]
+    line += ["SOLVER.STEPS=(30,)", "SOLVER.CHECKPOINT_PERIOD=2"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("evaluations/*/detectron2/model_0000001.pth")):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 75, errors
+    told = int(errors.rsplit("stopped by a signal after iteration ", 1)[1].split()[0])
+    (state,) = (tmp_path / "out" / "evaluations").iterdir()
+    assert detectron2.saved_iterations(state / "detectron2", 40) == told
+    saved = torch.load(state / "detectron2" / f"model_{told - 1:07d}.pth", weights_only=True)
+    assert saved["iteration"] == told - 1
+    assert list((tmp_path / "out").glob("results/*.json")) == []
+    done = subprocess.run([*line, "DATALOADER.NUM_WORKERS=1"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    final = torch.load(state / "detectron2" / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 39
+    events = [json.loads(text) for text in (state / "jobs.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "start"] == [0, told]
+    assert [event["status"] for event in events if event["event"] == "end"] == [75, 0]
+
+
+def test_two_ranks_train(
+    tmp_path: Path,
+    coco: Path,
+    weights: Path,
+    command: Callable[..., subprocess.CompletedProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done = command(*words(weights, coco, tmp_path / "out", "SOLVER.MAX_ITER=3", "SOLVER.STEPS=(2,)"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out" / "results").glob("*.json")
+    assert json.loads(file.read_text())["ranks"] == 2
+    three = command(*words(weights, coco, tmp_path / "three"), "SOLVER.IMS_PER_BATCH=3", ranks=2)
+    assert "SOLVER.IMS_PER_BATCH = 3 cannot be divided by 2 ranks" in three.stderr
+
+
+def test_the_order_of_pictures_goes_on_where_it_stopped() -> None:
+    whole = list(islice(detectron2._Sampler(7, 3, 0), 40))
+    assert list(islice(detectron2._Sampler(7, 3, 16), 24)) == whole[16:]
+    assert sorted(whole[:7]) == list(range(7))
+    assert whole[:7] != whole[7:14]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["SOLVER.BASE_RATE=1"], "no option 'SOLVER.BASE_RATE'; near it: SOLVER.BASE_LR"),
+        (["SOLVER.MAX_ITER=many"], "does not take SOLVER.MAX_ITER"),
+        (["epochs=3"], "'epochs=3' is no option of Detectron2"),
+        (["--preset", "coco_mask_rcnn_c4_3x"], "no preset 'coco_mask_rcnn_c4_3x'"),
+        (["--preset", "voc_faster_rcnn_c4_24k"], "voc_2007_trainval is not here"),
+        (["DATASETS.TEST=('cats',)"], "no data set 'cats'"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path,
+    coco: Path,
+    weights: Path,
+    command: Callable[..., subprocess.CompletedProcess],
+    more: list[str],
+    said: str,
+) -> None:
+    done = command(*words(weights, coco, tmp_path / "out", *more))
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_c4_head_has_no_basic_blocks(
+    tmp_path: Path, coco: Path, command: Callable[..., subprocess.CompletedProcess]
+) -> None:
+    network, options = moved("resnet18")
+    backbones.save(network, options, tmp_path / "r18.pth")
+    done = command(*words(tmp_path / "r18.pth", coco, tmp_path / "out"))
+    assert done.returncode == 2
+    assert "give --preset coco_mask_rcnn_fpn_1x" in done.stderr
+    fpn = ["--preset", "coco_mask_rcnn_fpn_1x", "SOLVER.MAX_ITER=2", "SOLVER.STEPS=(1,)"]
+    done = command(*words(tmp_path / "r18.pth", coco, tmp_path / "out", *fpn))
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out" / "results").glob("*.json")
+    assert file.stem == "detection_coco_mask_rcnn_fpn_1x_r18"
+
+
+def test_the_mean_of_the_pictures_is_the_runs_own(tmp_path: Path) -> None:
+    network, options = moved("resnet50")
+    normalize = Normalize(op="normalize", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    source = export.Source("x", options, network, normalize)
+    cfg = detectron2.configured(detection.preset_file(detection.PAPER), [], {**source.pixels})
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert pytest.approx([127.5, 102.0, 76.5]) == cfg.MODEL.PIXEL_MEAN
+    assert pytest.approx([51.0, 76.5, 102.0]) == cfg.MODEL.PIXEL_STD
+    facts = detectron2.plain(cfg)
+    assert facts["SOLVER"]["BASE_LR"] == 0.02
+    assert "OUTPUT_DIR" not in facts
+    assert np.allclose(facts["MODEL"]["PIXEL_MEAN"], [127.5, 102.0, 76.5])

@@ -143,7 +143,15 @@ def test_what_is_missing_names_the_command_that_makes_it(make: Make, tmp_path: P
         row = ours([big], f"ImageNet, {percent} % of the labels")
         assert {cell.command for cell in row.cells} == {f"ssl-pipeline semi-supervised {big.path} --percent {percent}"}
     (box, *_) = ours([big], "COCO, box").cells
-    assert (box.command, box.remarks) == (None, (f"no {big.path}/results/detection.json",))
+    assert (box.command, box.remarks) == (f"ssl-pipeline train-detectron2 {big.path}", ())
+    done = make(
+        "done", "imagenet/byol", detection={"box": {"AP": 39.0, "AP50": 59.0}, "preset": "coco_mask_rcnn_c4_1x"}
+    )
+    found = ours([done], "COCO, box").cells
+    assert [cell.ours and cell.ours.mean for cell in found] == [39.0, 59.0, None]
+    assert (found[0].foreign, found[0].remarks) == (False, ("preset coco_mask_rcnn_c4_1x",))
+    shorter = make("shorter", "imagenet/byol", detection={"box": {"AP": 9.0}, "changed": ["SOLVER.MAX_ITER=9"]})
+    assert ours([shorter], "COCO, box").cells[0].foreign
 
 
 @pytest.mark.parametrize(

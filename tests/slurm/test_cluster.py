@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ssl_pipeline import backbone
 from ssl_pipeline.run_folder import RunFolder, read_lines
 from tests.slurm.conftest import REPOSITORY, TWO_BY_TWO, Cluster, recipe, same, starts
 
@@ -104,6 +105,37 @@ def test_training_on_labels_is_preempted_and_goes_on(
         assert len(RunFolder(copy).read_results()) == 1
     assert found[0] == found[1]
     assert len(found[0]) == 12
+
+
+def test_detection_is_preempted_and_goes_on(cluster: Cluster) -> None:
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from tests.evaluation.test_detectron2 import SMALL as FEW
+    from tests.evaluation.test_detectron2 import moved, photographs
+
+    network, options = moved("resnet50")
+    backbone.save(network, options, cluster.folder / "backbone.pth")
+    data = photographs(cluster.folder / "datasets")
+    two = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10", "--signal=USR2@30")
+    words = (*two, "slurm/detection_transfer.sh", cluster.folder / "backbone.pth", "--datasets", data)
+    rest = (
+        "--output",
+        cluster.folder / "out",
+        *FEW,
+        "SOLVER.MAX_ITER=12",
+        "SOLVER.STEPS=(8,)",
+        "SOLVER.CHECKPOINT_PERIOD=2",
+    )
+    job = cluster.sbatch(*words, *rest)
+    first = "out/evaluations/*/detectron2/model_0000001.pth"
+    cluster.until(lambda: list(cluster.folder.glob(first)), "the first checkpoint", 240)
+    cluster.wait(cluster.preempt())
+    assert cluster.wait(job, seconds=400) == "COMPLETED", cluster.output(job)
+    assert f"requeued job {job}" in cluster.output(job)
+    (folder,) = (cluster.folder / "out" / "evaluations").iterdir()
+    begun = [event["step"] for event in starts(folder)]
+    assert begun[0] == 0
+    assert 2 <= begun[1] < 12
+    assert len(RunFolder(cluster.folder / "out").read_results()) == 1
 
 
 def test_evaluations_of_a_pretraining_that_failed_do_not_wait_for_ever(cluster: Cluster, few_digits: Path) -> None:
