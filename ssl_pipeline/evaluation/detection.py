@@ -60,7 +60,7 @@ def possible(values: Mapping[str, Any]) -> None:
     require_detectron2(None)
     from ssl_pipeline.evaluation import detectron2
 
-    detectron2.require_data(detectron2.configured(preset_file(PAPER), [], {}))
+    detectron2.require_possible(detectron2.configured(preset_file(PAPER), [], {}))
 
 
 def _require_fits(resnet: export.Detectron2ResNet, preset: str) -> None:
@@ -78,7 +78,7 @@ def prepare(source: export.Source, preset: str, overrides: Sequence[str]) -> Any
     resnet = export.detectron2_resnet(source.backbone, source.options)
     _require_fits(resnet, preset)
     cfg = detectron2.configured(preset_file(preset), overrides, {**resnet.settings, **source.pixels})
-    detectron2.require_data(cfg)
+    detectron2.require_possible(cfg)
     return cfg
 
 
@@ -97,6 +97,7 @@ def run(source: export.Source, preset: str, overrides: Sequence[str], parent: Pa
         "backbone": source.options.model_dump(mode="json"),
         "weights": supervised.digest(source.backbone),
         "detectron2": detectron2.plain(cfg),
+        "pictures": distributed.gather_json(detectron2.digests(cfg) if world.is_main else None)[0],
     }
     run = supervised.folder(parent, name, facts)
     finished, weights = run.path / "results.json", run.path / "backbone.pkl"

@@ -7,6 +7,7 @@ extra norm of MoCo's transfer, the loop that answers signals, and checks of what
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import json
 import logging
@@ -103,26 +104,46 @@ def plain(cfg: CfgNode) -> dict[str, Any]:
     return values
 
 
-def require_data(cfg: CfgNode) -> None:
-    """Raises BadInput where a data set of the config is unknown to Detectron2 or its files are not there."""
+def require_possible(cfg: CfgNode) -> None:
+    """Raises BadInput where the files of a data set are not there, or for what this training does not do."""
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise BadInput(
+            "SOLVER.REFERENCE_WORLD_SIZE would change the batch with the ranks; here it is over all of them: leave it 0"
+        )
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise BadInput(
+            f"DATALOADER.SAMPLER_TRAIN = {cfg.DATALOADER.SAMPLER_TRAIN} cannot be resumed: leave it TrainingSampler"
+        )
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        meta = MetadataCatalog.get(name)
-        if not hasattr(meta, "evaluator_type"):
-            raise BadInput(
-                f"Detectron2 knows no data set {name!r} that it can evaluate, as coco_2017_train or voc_2007_test"
-            )
-        if meta.evaluator_type == "pascal_voc":
-            needed = [
-                Path(meta.dirname, part) for part in ("Annotations", "JPEGImages", f"ImageSets/Main/{meta.split}.txt")
-            ]
-        else:
-            needed = [Path(meta.json_file), Path(meta.image_root)]
-        for path in needed:
+        for path in _files(name):
             if not path.exists():
                 raise BadInput(
                     f"{name} is not here, there is no {path}: give --datasets FOLDER (or set DETECTRON2_DATASETS), laid out as "
                     "Detectron2's datasets/README.md says"
                 )
+
+
+def _files(name: str) -> list[Path]:
+    """Where a data set lies: first the file that lists its pictures. Raises BadInput where it is unknown to Detectron2."""
+    meta = MetadataCatalog.get(name)
+    if getattr(meta, "evaluator_type", None) == "pascal_voc":
+        parts = (f"ImageSets/Main/{meta.split}.txt", "Annotations", "JPEGImages")
+        return [Path(meta.dirname, part) for part in parts]
+    if hasattr(meta, "evaluator_type") and hasattr(meta, "json_file"):
+        return [Path(meta.json_file), Path(meta.image_root)]
+    raise BadInput(f"Detectron2 knows no data set {name!r} that it can evaluate, as coco_2017_train or voc_2007_test")
+
+
+def digests(cfg: CfgNode) -> dict[str, str]:
+    """A short name of the list of pictures of each data set of a config."""
+    found = {}
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        whole = hashlib.sha256()
+        with _files(name)[0].open("rb") as file:
+            while block := file.read(1 << 24):
+                whole.update(block)
+        found[name] = whole.hexdigest()[:12]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- what it has loaded
@@ -219,7 +240,10 @@ class Trainer(DefaultTrainer):
     def build_train_loader(self, cfg: CfgNode) -> Any:
         """Pictures in the order of cfg.SEED, from where the last checkpoint left it."""
         pictures = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, check_consistency=True
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         sampler = _Sampler(len(pictures), cfg.SEED, self.start_iter * cfg.SOLVER.IMS_PER_BATCH)
         return build_detection_train_loader(cfg, dataset=pictures, sampler=sampler)
@@ -290,6 +314,10 @@ def train(cfg: CfgNode, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=world.rank, name=name)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
     trainer = Trainer(cfg, world.device)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter == 0:
