@@ -6,6 +6,7 @@ then put there. Detectron2's files are pickles: they are read by an unpickler th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import os
@@ -112,12 +113,18 @@ def detectron2_resnet(backbone: nn.Module, options: backbones.Options) -> Detect
             "small pictures: pretrain with backbone.stem=standard"
         )
     first: Any = backbone.get_submodule("layer1.0")
+    if not isinstance(getattr(first, "conv2", None), nn.Conv2d):
+        raise BadInput(
+            f"Detectron2's ResNet has blocks of plain convolutions, and {told} has blocks of {type(first).__name__}"
+        )
     bottleneck = hasattr(first, "conv3")
     blocks = tuple(len(getattr(backbone, f"layer{stage}")) for stage in (1, 2, 3, 4))
     depths = [depth for depth, of_depth in DEPTHS.items() if of_depth == blocks and (depth >= 50) == bottleneck]
     if not depths:
+        arguments = f" {options.arguments}" if options.arguments else ""
+        kind = "three" if bottleneck else "two"
         raise BadInput(
-            f"Detectron2 has no ResNet with {blocks} blocks, as {told} {options.arguments or ''} has".rstrip()
+            f"Detectron2 has no ResNet with {blocks} blocks of {kind} convolutions, as {told}{arguments} has"
         )
     groups = first.conv2.groups
     found = Detectron2ResNet(depths[0], groups, first.conv2.out_channels // groups)
@@ -216,12 +223,19 @@ class _Numbers(np.ndarray):
         return np.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 
+def _from_buffer(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    """What numpy's own function of a pickle of protocol 5, Python 3.14's, stands for."""
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Makes arrays of numbers and plain containers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
             return _Numbers
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _from_buffer
         arrays = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
         if arrays:
             module = "numpy._core.multiarray" if find_spec("numpy._core") else "numpy.core.multiarray"
@@ -246,10 +260,13 @@ def read_detectron2(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{str(path)!r} has no `__author__`: Detectron2 would take it for Caffe2's and change its names")
     if values.get("matching_heuristics") is not True:
         raise BadInput(f"{str(path)!r} has no `matching_heuristics`: Detectron2 would find none of its own names in it")
-    model = {name: np.asarray(value) for name, value in values["model"].items()}
-    strange = [name for name, value in model.items() if value.dtype.kind not in "fi"]
-    if strange:
-        raise BadInput(f"{str(path)!r}: {strange[0]} is no array of numbers")
+    model: dict[str, np.ndarray] = {}
+    for name, value in values["model"].items():
+        if not isinstance(name, str) or not isinstance(value, (np.ndarray, np.generic)):
+            raise BadInput(f"{str(path)!r}: {name} is no array of numbers with a name")
+        if value.dtype.kind not in "fi" or value.dtype.itemsize > 8 or not value.dtype.isnative:
+            raise BadInput(f"{str(path)!r}: {name} is no array of numbers that torch takes, but of {value.dtype}")
+        model[name] = np.asarray(value)
     return model
 
 
@@ -327,13 +344,19 @@ def _put(path: Path, write: Callable[[Path], Any], check: Callable[[Path], Any])
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
+        try:
+            write(partial)
+        except RuntimeError as error:  # torch's for a full disk
+            raise OSError(str(error)) from None
         found = check(partial)
         os.replace(partial, path)
+    except BadInput as error:
+        raise BadInput(str(error).replace(str(partial), str(path))) from None
     except (OSError, SafetensorError) as error:
         raise StorageFailure(f"cannot write {path}: {error}; free room or name another file") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return found
 
 
@@ -357,7 +380,7 @@ def from_detectron2(tensors: Mapping[str, Tensor], name: str) -> tuple[backbones
     tried: list[tuple[int, str]] = []
     for architecture in backbones.TORCHVISION:
         options = backbones.Options(name=architecture)
-        backbone = backbones.build(options)
+        backbone = backbones.on_meta(options)
         resnet = detectron2_resnet(backbone, options)
         if DEPTHS[resnet.depth] != blocks:
             continue
@@ -366,6 +389,7 @@ def from_detectron2(tensors: Mapping[str, Tensor], name: str) -> tuple[backbones
         problems = backbones.differences(renamed, expected)
         problems += [f"{key} is too much" for key in sorted(bare.keys() - {theirs for _, theirs, _ in names(resnet)})]
         if not problems:
+            backbone = backbones.build(options)
             backbone.load_state_dict({**backbone.state_dict(), **renamed})
             return options, backbone.eval()
         tried.append((len(problems), f"{architecture}: {'; '.join(problems[:3])}"))
@@ -402,7 +426,9 @@ def export(backbone: nn.Module, options: backbones.Options, path: Path, style: s
         altered = [name for name, value in state.items() if not torch.equal(read[name], value)]
         if altered:
             raise BadInput(f"{str(path)!r}: {altered[0]} is not what was written")
-        return _difference({"features": _features(theirs)}, {"features": _features(backbone)}, f"read by {style}")
+        side = _side(backbone, options)
+        found, expected = ({"features": _features(network, side)} for network in (theirs, backbone))
+        return _difference(found, expected, f"{str(path)!r}, read by {style}")
 
     def write(partial: Path) -> None:
         if safe:
@@ -443,11 +469,15 @@ def _described(options: backbones.Options) -> str:
     return f"{options.name} with the stem {options.stem}"
 
 
+def _side(backbone: nn.Module, options: backbones.Options) -> Any:
+    """The size of the pictures that a timm model takes: a side, or height and width."""
+    usual = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (3, 128, 128))[-2:]
+    return options.arguments.get("img_size", usual)
+
+
 @torch.no_grad()
-def _features(network: nn.Module) -> Tensor:
-    network = copy.deepcopy(network).double().eval()
-    side = (getattr(network, "pretrained_cfg", None) or {}).get("input_size", (3, 128, 128))[-1]
-    features: Tensor = network(F.interpolate(pictures(), size=(side, side)))
+def _features(network: nn.Module, side: Any) -> Tensor:
+    features: Tensor = copy.deepcopy(network).double().eval()(F.interpolate(pictures(), size=side))
     return features
 
 
@@ -490,19 +520,21 @@ def source(path: Path, config_values: Mapping[str, Any] | None, random_init: boo
     options = named or (backbones.options_beside(Path(weights)) if Path(weights).is_file() else None)
     if options is None and "backbone" in values:
         options = config.validate(backbones.Options, values["backbone"], prefix="backbone.")
-    if random_init:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(values.get("seed", 0))
-            options = options or backbones.Options()
-            return Source(f"{path}, random initialisation", options, backbones.build(options).eval(), normalize)
-    if named is None:
+    if named is None and not path.exists():
+        raise BadInput(f"{str(path)!r} is neither a run folder nor a file of weights")
+    backbone: nn.Module | None = None
+    if named is None and (options is None or not random_init):
         foreign = _detectron2_tensors(Path(weights))
         if foreign is not None:
             options, backbone = from_detectron2(foreign, weights)
-            return Source(weights, options, backbone, normalize)
     if options is None:
         options = backbones.recognise(Path(weights))
-    return Source(weights, options, backbones.load(weights, options).eval(), normalize)
+    if random_init:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(values.get("seed", 0))
+            return Source(f"{path}, random initialisation", options, backbones.build(options).eval(), normalize)
+    backbone = backbone if backbone is not None else backbones.load(weights, options).eval()
+    return Source(weights, options, backbone, normalize)
 
 
 def _detectron2_tensors(path: Path) -> dict[str, Tensor] | None:
@@ -511,6 +543,6 @@ def _detectron2_tensors(path: Path) -> dict[str, Tensor] | None:
         return {name: torch.from_numpy(np.array(value)) for name, value in read_detectron2(path).items()}
     file = backbones.read(path)
     model = file.get("model", file) if isinstance(file, dict) else None
-    if isinstance(model, dict) and any(str(name).endswith("stem.conv1.weight") for name in model):
+    if isinstance(model, dict) and any(str(name).endswith("res2.0.conv1.weight") for name in model):
         return {str(name): value for name, value in model.items() if isinstance(value, Tensor)}
     return None
