@@ -201,6 +201,9 @@ def _run_of(source: Path) -> RunFolder | None:
 
     if source.is_dir():
         return RunFolder(source)
+    whole = RunFolder(source.absolute().parent)
+    if source.absolute() == whole.backbone and whole.config.is_file():
+        return whole
     run = RunFolder(source.absolute().parent.parent)
     return run if source.absolute().parent == run.backbones and run.config.is_file() else None
 
@@ -235,8 +238,12 @@ def _record(
     result: dict[str, Any],
     measured: dict[str, Any],
     described: dict[str, Any],
+    unchanging: tuple[str, ...] = ("data.root", "data.threads", "data.readers"),
 ) -> int:
-    """Print a result and write it into results/, on the main rank; `described` is of a source that is no run of ours."""
+    """Print a result and write it into results/, on the main rank.
+
+    `described` is of a source that is no run of ours; overrides of `unchanging` keys are not told as changes.
+    """
     from ssl_pipeline import distributed
 
     if distributed.rank() != 0:
@@ -251,8 +258,7 @@ def _record(
         return Status.DONE
     if not into.config.is_file():
         into.describe({"method": {"name": str(args.source)}, **described})
-    places = ("data.root=", "data.threads=", "data.readers=", "DATALOADER.")
-    changed = [text.removeprefix("recipe.") for text in args.overrides if not text.startswith(places)]
+    changed = [text.removeprefix("recipe.") for text in args.overrides if text.partition("=")[0] not in unchanging]
     result = {**result, **measured, "ranks": distributed.world_size(), "changed": changed}
     before = into.read_results().get(name)
     print(f"written to {into.write_result(name, result)}")
@@ -316,11 +322,11 @@ def _weights(args: argparse.Namespace) -> Any:
 def convert_to_detectron2(args: argparse.Namespace) -> int:
     """write a backbone as Detectron2 reads it (.pkl), checked tensor by tensor and by its features"""
     from ssl_pipeline import export
+    from ssl_pipeline.evaluation import detection
 
     source = _weights(args)
-    done = export.to_detectron2(
-        source.backbone, source.options, args.out, f"ssl_pipeline {__version__}, from {source.name}"
-    )
+    author = f"ssl_pipeline {__version__}, from {source.name}"
+    done = export.to_detectron2(source.backbone, source.options, args.out, author, detection.stages())
     norms = done.tensors // 5
     print(f"source: {source.name} ({source.options.name})")
     print(f"tensors: {done.tensors}, of {norms} convolutions and their batch norms; counters left out: {done.left_out}")
@@ -332,7 +338,7 @@ def convert_to_detectron2(args: argparse.Namespace) -> int:
     else:
         print(f"largest difference by Detectron2 itself: {done.by_detectron2:.1e} (limit {export.TOLERANCE:g})")
     print("Detectron2 must be told, as configs/detectron2 does:")
-    for key, value in {"INPUT.FORMAT": "RGB", **source.pixels, **done.resnet.settings}.items():
+    for key, value in {**source.pixels, **done.resnet.settings}.items():
         print(f"  {key} {value}")
     print(f"written to {args.out}")
     return Status.DONE
@@ -344,7 +350,8 @@ def export(args: argparse.Namespace) -> int:
 
     source = _weights(args)
     difference = export.export(source.backbone, source.options, args.out, args.format)
-    print(f"source: {source.name} ({source.options.name})")
+    arguments = f", arguments {source.options.arguments}" if source.options.arguments else ""
+    print(f"source: {source.name} ({source.options.name}{arguments})")
     print(f"largest difference of features, read back by {args.format}: {difference:.1e} (limit {export.TOLERANCE:g})")
     print(f"written to {args.out}")
     return Status.DONE
@@ -357,13 +364,13 @@ def train_detectron2(args: argparse.Namespace) -> int:
 
     if not distributed.start().is_main:
         logging.getLogger("ssl_pipeline").setLevel(logging.WARNING)
-    source, into, name = distributed.together(lambda: _detection(args))
+    source, into, name = distributed.together(lambda: _detection(args, distributed.world_size()))
     result = detection.run(source, args.preset, args.overrides, into.path, name)
     described = {"backbone": source.options.model_dump(mode="json")}
-    return _record(args, into, name, result, {"weights": source.name}, described)
+    return _record(args, into, name, result, {"weights": source.name}, described, detection.UNCHANGING)
 
 
-def _detection(args: argparse.Namespace) -> tuple[Any, RunFolder, str]:
+def _detection(args: argparse.Namespace, ranks: int) -> tuple[Any, RunFolder, str]:
     """(source, whose results/, name of the result), all that can be checked before it runs having been. Raises BadInput."""
     from ssl_pipeline.evaluation import detection
 
@@ -376,7 +383,7 @@ def _detection(args: argparse.Namespace) -> tuple[Any, RunFolder, str]:
     detection.preset_file(args.preset)
     detection.require_detectron2(args.datasets)
     source = _weights(args)
-    detection.prepare(source, args.preset, args.overrides)
+    detection.prepare(source, args.preset, args.overrides, ranks)
     return source, into, detection.result_name(args.preset, args.overrides, _end(args))
 
 
@@ -476,7 +483,7 @@ def launch(args: argparse.Namespace) -> int:
                 None if inner.verb == "train-detectron2" else _evaluation(inner)
             )  # what the job would raise hours later
             if asked is None:
-                _detection(inner)
+                _detection(inner, resources.ranks)
             elif asked.protocol in ("imagenet", "fine-tuning") and asked.recipe.batch_size % resources.ranks:
                 batch = asked.recipe.batch_size
                 raise BadInput(

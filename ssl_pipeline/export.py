@@ -6,15 +6,16 @@ then put there. Detectron2's files are pickles: they are read by an unpickler th
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copy
 import io
+import logging
 import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -33,6 +35,8 @@ from ssl_pipeline import config
 from ssl_pipeline.data.augment import Normalize, ViewSpec
 from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.run_folder import RunFolder
+
+log = logging.getLogger("ssl_pipeline")
 
 TOLERANCE = 1e-4
 """Largest difference between a source's features and those of what was written."""
@@ -216,37 +220,68 @@ class _ArrayPickler(pickle.Pickler):
         return NotImplemented
 
 
-class _Numbers(np.ndarray):
-    """What numpy.ndarray stands for in a file that is read: its constructor would make pointers of bytes too."""
+class _Type:
+    """What numpy.dtype stands for in a file that is read: numpy's own would take an attacker's bytes for pointers."""
 
-    def __new__(cls, shape: tuple[int, ...], dtype: str, buffer: bytearray) -> Any:
-        return np.frombuffer(buffer, dtype=dtype).reshape(shape)
+    def __init__(self, name: str, *more: Any) -> None:
+        if name not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8"):
+            raise pickle.UnpicklingError(f"it holds an array of {name}, not of numbers")
+        self.name = name
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", "|", "="):
+            raise pickle.UnpicklingError("its numbers are in another byte order")
 
 
-def _from_buffer(buffer: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> np.ndarray:
+class _Numbers:
+    """What numpy.ndarray stands for in a file that is read; `array` is made of plain bytes alone."""
+
+    def __init__(self, shape: Any = (0,), dtype: Any = "<f4", buffer: Any = b"", order: Any = "C") -> None:
+        kind = dtype if isinstance(dtype, _Type) else _Type(str(dtype).lstrip("<|="))
+        content = buffer.encode("latin1") if isinstance(buffer, str) else bytes(buffer)
+        self.array = np.frombuffer(content, dtype=kind.name).reshape(shape, order=order).copy()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, fortran, content = state
+        self.__init__(shape, kind, content, "F" if fortran else "C")  # type: ignore[misc]
+
+
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Numbers:
+    return _Numbers()  # its state follows
+
+
+def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> _Numbers:
     """What numpy's own function of a pickle of protocol 5, Python 3.14's, stands for."""
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+    return _Numbers(shape, dtype, buffer, order)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Makes arrays of numbers and plain containers, and nothing else."""
 
+    STAND_INS = {
+        ("numpy", "ndarray"): _Numbers,
+        ("numpy", "dtype"): _Type,
+        ("numpy.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.numeric", "_frombuffer"): _from_buffer,
+        ("collections", "OrderedDict"): dict,
+        ("_codecs", "encode"): codecs.encode,
+        ("builtins", "bytearray"): bytearray,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray"):
-            return _Numbers
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return _from_buffer
-        arrays = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
-        if arrays:
-            module = "numpy._core.multiarray" if find_spec("numpy._core") else "numpy.core.multiarray"
-        plain = {("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode"), ("builtins", "bytearray")}
-        if not arrays and (module.replace("__builtin__", "builtins"), name) not in plain:
+        place = (
+            module.replace("numpy._core.", "numpy.").replace("numpy.core.", "numpy.").replace("__builtin__", "builtins")
+        )
+        if (place, name) not in self.STAND_INS:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not read because it could run code")
-        return super().find_class(module, name)
+        return self.STAND_INS[place, name]
 
 
-def read_detectron2(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a Detectron2 backbone file, by name. Raises BadInput for what Detectron2 would not read as it is."""
+def read_detectron2(path: Path, whole: bool = True) -> dict[str, np.ndarray]:
+    """The tensors of a Detectron2 file, by name. Raises BadInput for what Detectron2 would not read as it is.
+
+    Without `whole` the file need not ask for its names to be matched: a whole detector of the model zoo does not.
+    """
     try:
         with path.open("rb") as file:
             values = _ArrayUnpickler(file, encoding="latin1").load()
@@ -258,15 +293,13 @@ def read_detectron2(path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{str(path)!r} has no `model`, a mapping of names to arrays")
     if "__author__" not in values:
         raise BadInput(f"{str(path)!r} has no `__author__`: Detectron2 would take it for Caffe2's and change its names")
-    if values.get("matching_heuristics") is not True:
+    if whole and values.get("matching_heuristics") is not True:
         raise BadInput(f"{str(path)!r} has no `matching_heuristics`: Detectron2 would find none of its own names in it")
     model: dict[str, np.ndarray] = {}
     for name, value in values["model"].items():
-        if not isinstance(name, str) or not isinstance(value, (np.ndarray, np.generic)):
+        if not isinstance(name, str) or not isinstance(value, _Numbers):
             raise BadInput(f"{str(path)!r}: {name} is no array of numbers with a name")
-        if value.dtype.kind not in "fi" or value.dtype.itemsize > 8 or not value.dtype.isnative:
-            raise BadInput(f"{str(path)!r}: {name} is no array of numbers that torch takes, but of {value.dtype}")
-        model[name] = np.asarray(value)
+        model[name] = value.array
     return model
 
 
@@ -312,8 +345,14 @@ class Converted:
     """Of features, by Detectron2 itself; None where it is not installed."""
 
 
-def to_detectron2(backbone: nn.Module, options: backbones.Options, path: Path, author: str) -> Converted:
-    """Write a Detectron2 backbone file, checked before it stands at `path`.
+Stages = Callable[[Path, Detectron2ResNet, Tensor], dict[str, Tensor]]
+"""Outputs of Detectron2's own ResNet with the weights of a file: evaluation/detectron2.py's `stages`."""
+
+
+def to_detectron2(
+    backbone: nn.Module, options: backbones.Options, path: Path, author: str, by_detectron2: Stages | None
+) -> Converted:
+    """Write a Detectron2 backbone file, checked before it stands at `path`, by Detectron2 too where that is installed.
 
     Raises BadInput where Detectron2 has no such network or reads another one, StorageFailure where it cannot be written.
     """
@@ -327,16 +366,14 @@ def to_detectron2(backbone: nn.Module, options: backbones.Options, path: Path, a
 
     def check(partial: Path) -> tuple[float, float | None]:
         difference = verify(partial, backbone, options)
-        if find_spec("detectron2") is None:
+        if by_detectron2 is None:
             return difference, None
-        from ssl_pipeline.evaluation import detectron2
-
         images = pictures()
-        loaded = detectron2.stages(partial, resnet, images)
+        loaded = by_detectron2(partial, resnet, images)
         return difference, _difference(loaded, stages(backbone, images), "read by Detectron2")
 
-    difference, by_detectron2 = _put(path, lambda partial: partial.write_bytes(content.getvalue()), check)
-    return Converted(resnet, len(model), len(source) - len(model), difference, by_detectron2)
+    rebuilt_by, by_itself = _put(path, lambda partial: partial.write_bytes(content.getvalue()), check)
+    return Converted(resnet, len(model), len(source) - len(model), rebuilt_by, by_itself)
 
 
 def _put(path: Path, write: Callable[[Path], Any], check: Callable[[Path], Any]) -> Any:
@@ -494,10 +531,10 @@ class Source:
     """Of the pictures that it was trained on."""
 
     @property
-    def pixels(self) -> dict[str, list[float]]:
-        """The same in Detectron2's config: in 0..255."""
+    def pixels(self) -> dict[str, Any]:
+        """How Detectron2's config says so: the order of channels, mean and deviation in 0..255."""
         mean, std = ([round(255 * value, 6) for value in part] for part in (self.normalize.mean, self.normalize.std))
-        return {"MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
+        return {"INPUT.FORMAT": "RGB", "MODEL.PIXEL_MEAN": mean, "MODEL.PIXEL_STD": std}
 
 
 def source(path: Path, config_values: Mapping[str, Any] | None, random_init: bool = False) -> Source:
@@ -517,6 +554,9 @@ def source(path: Path, config_values: Mapping[str, Any] | None, random_init: boo
     view = values.get("data", {}).get("evaluation_view")
     normalize = config.validate(ViewSpec, view).normalize if view else Normalize(op="normalize")
     named = backbones.named(weights)
+    if not view and weights.startswith("timm:"):
+        origin: Any = get_pretrained_cfg(weights.removeprefix("timm:"))
+        normalize = Normalize(op="normalize", mean=origin.mean, std=origin.std)
     options = named or (backbones.options_beside(Path(weights)) if Path(weights).is_file() else None)
     if options is None and "backbone" in values:
         options = config.validate(backbones.Options, values["backbone"], prefix="backbone.")
@@ -527,6 +567,7 @@ def source(path: Path, config_values: Mapping[str, Any] | None, random_init: boo
         foreign = _detectron2_tensors(Path(weights))
         if foreign is not None:
             options, backbone = from_detectron2(foreign, weights)
+            log.info("%s: taken to read RGB and to have the stride in the 3x3, which no name or shape tells", weights)
     if options is None:
         options = backbones.recognise(Path(weights))
     if random_init:
@@ -540,7 +581,7 @@ def source(path: Path, config_values: Mapping[str, Any] | None, random_init: boo
 def _detectron2_tensors(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a file of Detectron2's, a backbone's .pkl or a detector's .pth; None for other files."""
     if path.suffix == ".pkl":
-        return {name: torch.from_numpy(np.array(value)) for name, value in read_detectron2(path).items()}
+        return {name: torch.from_numpy(np.array(value)) for name, value in read_detectron2(path, whole=False).items()}
     file = backbones.read(path)
     model = file.get("model", file) if isinstance(file, dict) else None
     if isinstance(model, dict) and any(str(name).endswith("res2.0.conv1.weight") for name in model):

@@ -465,12 +465,12 @@ def _beside(resources: Resources, verb: str, protocol: str | None, dependency: s
     """
     trains = verb in ("semi-supervised", "train-detectron2") or (verb == "linear-probe" and protocol == "imagenet")
     batch = 16 if verb == "train-detectron2" else 256  # every preset's is a multiple of it
-    whole = trains and batch % resources.tasks == 0
-    gpus = 0 if verb == "report" else resources.gpus_per_node if whole else min(resources.gpus_per_node, 1)
+    count = max(n for n in range(1, resources.tasks + 1) if batch % n == 0) if trains else 1
+    gpus = 0 if verb == "report" else min(resources.gpus_per_node, count)
     time = f"{HOURS[verb]}:00:00"
     if resources.time and minutes(resources.time) < minutes(time):  # a short limit is likely the partition's
         time = resources.time
-    tasks = resources.tasks_per_node if whole else None
+    tasks = count if trains and resources.tasks_per_node else None
     own = {"nodes": 1, "gpus_per_node": gpus, "tasks_per_node": tasks, "mem": None, "time": time, "signal_lead": None}
     if resources.cluster != "slurm":
         own["time"] = None

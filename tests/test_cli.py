@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,7 +188,7 @@ def test_transfer_and_a_backbone_that_is_no_run(small_run: Path, photos: Path, t
         (["knn", "RUN", "recipe.k=3"], "knn has no recipe.k=3: it takes --k and --temperature"),
         (["semi-supervised", "RUN", "--percent", "0"], "`percent` = 0.0"),
         (["semi-supervised", "RUN", "--percent", "1", "data.name=imagenet"], "no list of ImageNet's 1 %"),
-        (["semi-supervised", "RUN/backbone.pth", "--config", "smoke", "--percent", "1"], "give --output FOLDER"),
+        (["semi-supervised", "FILE", "--config", "smoke", "--percent", "1"], "give --output FOLDER"),
     ],
 )
 def test_evaluations_say_what_they_lack(
@@ -195,7 +196,10 @@ def test_evaluations_say_what_they_lack(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
-    assert called(*(word.replace("RUN", str(small_run)) for word in words)) == Status.BAD_INPUT
+    for name in ("backbone.pth", "backbone.json"):
+        shutil.copyfile(small_run / name, tmp_path / name)
+    places = {"RUN": str(small_run), "FILE": str(tmp_path / "backbone.pth")}
+    assert called(*(places.get(word, word) for word in words)) == Status.BAD_INPUT
     assert said in capsys.readouterr().err
 
 
@@ -206,6 +210,8 @@ def test_tools_are_the_verbs() -> None:
         ("semi_supervised", "semi-supervised"),
         ("prepare_data", "prepare-data"),
         ("report", "report"),
+        ("convert_to_detectron2", "convert-to-detectron2"),
+        ("train_detectron2", "train-detectron2"),
     ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True

@@ -10,7 +10,6 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,12 @@ PAPER = "coco_mask_rcnn_c4_1x"
 
 INSTALL = (
     "Detectron2 is not installed here, and PyPI has none for this torch: build it from source where there is a C++ compiler, "
-    "python -m pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2 (docs/detection.md)"
+    "python -m pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2@02b5c4e (docs/detection.md)"
 )
+
+
+UNCHANGING = ("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "VIS_PERIOD", "CUDNN_BENCHMARK")
+"""Options of Detectron2 that do not change what comes out: a run goes on when they do."""
 
 
 def preset_file(preset: str) -> Path:
@@ -39,46 +42,66 @@ def preset_file(preset: str) -> Path:
 
 
 def result_name(preset: str, overrides: Sequence[str], end: str) -> str:
-    """The name of a result's file: `detection` for Table 3's protocol, at either learning rate."""
+    """The name of a result's file: `detection` for Table 3's protocol."""
+    kind = (
+        ""
+        if preset == PAPER
+        else f"_{preset}"
+        if preset in config.presets("detectron2")
+        else f"_file_{Path(preset).stem}"
+    )
     seeds = [text.removeprefix("SEED=") for text in overrides if text.startswith("SEED=")]
     seed = f"_seed{seeds[-1]}" if seeds and seeds[-1] != "0" else ""
-    return "detection" + ("" if preset in (PAPER, f"{PAPER}_barlow_twins") else f"_{Path(preset).stem}") + seed + end
+    return f"detection{kind}{seed}{end}"
 
 
 def require_detectron2(datasets: Path | None) -> None:
     """Raises BadInput where Detectron2 cannot be imported; `datasets` is the folder that it will look into."""
     if datasets is not None:
         os.environ["DETECTRON2_DATASETS"] = str(datasets.absolute())  # it reads this when it is imported
-    if find_spec("detectron2") is None:
-        raise BadInput(INSTALL)
+    try:
+        from ssl_pipeline.evaluation import detectron2  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f"{INSTALL}; the import says: {error}") from None
+
+
+def stages() -> export.Stages | None:
+    """Detectron2's own features; None where it cannot be imported."""
+    try:
+        from ssl_pipeline.evaluation import detectron2
+    except ImportError:
+        return None
+    return detectron2.stages
 
 
 def possible(values: Mapping[str, Any]) -> None:
     """Raises BadInput where the backbone of a pretraining config cannot go through Table 3's evaluation here."""
     options = config.validate(export.backbones.Options, values.get("backbone", {}), prefix="backbone.")
-    _require_fits(export.detectron2_resnet(export.backbones.on_meta(options), options), PAPER)
+    resnet = export.detectron2_resnet(export.backbones.on_meta(options), options)
+    if not resnet.bottleneck:
+        raise _basic_blocks(resnet)
     require_detectron2(None)
     from ssl_pipeline.evaluation import detectron2
 
-    detectron2.require_possible(detectron2.configured(preset_file(PAPER), [], {}))
+    detectron2.require_possible(detectron2.configured(preset_file(PAPER), [], {}), 1)
 
 
-def _require_fits(resnet: export.Detectron2ResNet, preset: str) -> None:
-    if "c4" in Path(preset).stem and not resnet.bottleneck:
-        raise BadInput(
-            f"Detectron2's C4 head is made of blocks of three convolutions, which ResNet-{resnet.depth} does not have: give "
-            "--preset coco_mask_rcnn_fpn_1x"
-        )
+def _basic_blocks(resnet: export.Detectron2ResNet) -> BadInput:
+    return BadInput(
+        f"Detectron2's C4 head is made of blocks of three convolutions, which ResNet-{resnet.depth} does not have: give a "
+        "preset with FPN, as --preset coco_mask_rcnn_fpn_1x"
+    )
 
 
-def prepare(source: export.Source, preset: str, overrides: Sequence[str]) -> Any:
+def prepare(source: export.Source, preset: str, overrides: Sequence[str], ranks: int) -> Any:
     """Detectron2's config for a source, all that can be checked before anything runs having been. Raises BadInput."""
     from ssl_pipeline.evaluation import detectron2
 
     resnet = export.detectron2_resnet(source.backbone, source.options)
-    _require_fits(resnet, preset)
     cfg = detectron2.configured(preset_file(preset), overrides, {**resnet.settings, **source.pixels})
-    detectron2.require_possible(cfg)
+    if cfg.MODEL.ROI_HEADS.NAME.startswith("Res5ROIHeads") and not resnet.bottleneck:
+        raise _basic_blocks(resnet)
+    detectron2.require_possible(cfg, ranks)
     return cfg
 
 
@@ -91,13 +114,14 @@ def run(source: export.Source, preset: str, overrides: Sequence[str], parent: Pa
     from ssl_pipeline.evaluation import detectron2
 
     world = distributed.start()
-    cfg = distributed.together(lambda: prepare(source, preset, overrides))
+    cfg = distributed.together(lambda: prepare(source, preset, overrides, world.size))
+    pictures = distributed.together(lambda: detectron2.digests(cfg) if world.is_main else None)
     facts = {
         "evaluation": "detection",
         "backbone": source.options.model_dump(mode="json"),
         "weights": supervised.digest(source.backbone),
-        "detectron2": detectron2.plain(cfg),
-        "pictures": distributed.gather_json(detectron2.digests(cfg) if world.is_main else None)[0],
+        "detectron2": detectron2.plain(cfg, UNCHANGING),
+        "pictures": distributed.gather_json(pictures)[0],
     }
     run = supervised.folder(parent, name, facts)
     finished, weights = run.path / "results.json", run.path / "backbone.pkl"
@@ -107,7 +131,9 @@ def run(source: export.Source, preset: str, overrides: Sequence[str], parent: Pa
             run.open_for_writing(facts)
             cluster.require_progress(run.events())
             if not finished.is_file():
-                export.to_detectron2(source.backbone, source.options, weights, f"ssl_pipeline, from {source.name}")
+                export.to_detectron2(
+                    source.backbone, source.options, weights, f"ssl_pipeline, from {source.name}", stages()
+                )
 
     distributed.together(begin)
     try:
@@ -121,7 +147,7 @@ def run(source: export.Source, preset: str, overrides: Sequence[str], parent: Pa
     finally:
         run.close()
     told = {
-        "preset": Path(preset).stem,
+        "preset": preset,
         "detectron2": detectron2.version,
         "iterations": cfg.SOLVER.MAX_ITER,
         "seed": cfg.SEED,
@@ -134,7 +160,7 @@ def _train(run: RunFolder, cfg: Any, weights: Path, world: distributed.World) ->
 
     status, last = Status.CRASH, cfg.SOLVER.MAX_ITER
     if world.is_main:
-        first = detectron2.saved_iterations(Path(cfg.OUTPUT_DIR), last)
+        first = detectron2.saved_iterations(detectron2.newest(Path(cfg.OUTPUT_DIR)), last)
         run.record("start", job=cluster.job_id(), host=socket.gethostname(), ranks=world.size, step=first, steps=last)
     try:
         tensors = distributed.together(lambda: export.read_detectron2(weights))

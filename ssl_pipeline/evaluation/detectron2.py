@@ -7,13 +7,16 @@ extra norm of MoCo's transfer, the loop that answers signals, and checks of what
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import weakref
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
-from ssl_pipeline import distributed
+from ssl_pipeline import distributed, preemption
 from ssl_pipeline.exits import BadInput, Status, Stop, StorageFailure
 from ssl_pipeline.export import Detectron2ResNet
 from ssl_pipeline.preemption import Preemption
@@ -71,10 +74,14 @@ def configured(preset: Path, overrides: Sequence[str], settings: Mapping[str, An
         cfg.merge_from_file(str(preset), allow_unsafe=False)
     except Exception as error:  # yacs raises AssertionError, KeyError, ValueError; yaml its own
         raise BadInput(f"Detectron2 does not take the config {preset}: {error}") from None
+    if cfg.SEED < 0:  # Detectron2's default, another one each time
+        cfg.SEED = 0
     known = list(_leaves(cfg))
     pairs = [(key, value) for key, value in settings.items()]
     for text in overrides:
         key, _, value = text.partition("=")
+        if key in ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR"):
+            raise BadInput(f"{key} follows from the source, the machine and --output: leave it out")
         if key not in known:
             near = difflib.get_close_matches(key, known, 3, cutoff=0.4)
             raise BadInput(f"Detectron2 has no option {key!r}" + (f"; near it: {', '.join(near)}" if near else ""))
@@ -95,17 +102,22 @@ def _leaves(cfg: Mapping[str, Any], before: str = "") -> Iterator[str]:
             yield f"{before}{key}"
 
 
-def plain(cfg: CfgNode) -> dict[str, Any]:
-    """The config as plain data, without where files lie and how they are read."""
+def plain(cfg: CfgNode, unchanging: Sequence[str]) -> dict[str, Any]:
+    """The config as plain data, without `unchanging` keys and without where files lie."""
     values: dict[str, Any] = json.loads(json.dumps(cfg))
-    for key in ("OUTPUT_DIR", "DATALOADER", "VIS_PERIOD", "CUDNN_BENCHMARK"):
-        values.pop(key, None)
-    values["MODEL"] = {key: value for key, value in values["MODEL"].items() if key not in ("WEIGHTS", "DEVICE")}
+    for key in (*unchanging, "OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE"):
+        *sections, last = key.split(".")
+        functools.reduce(operator.getitem, sections, values).pop(last)
     return values
 
 
-def require_possible(cfg: CfgNode) -> None:
-    """Raises BadInput where the files of a data set are not there, or for what this training does not do."""
+def require_possible(cfg: CfgNode, ranks: int) -> None:
+    """Raises BadInput where the ranks cannot share a batch, a data set is not there, or for what is not done here."""
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise BadInput(
+            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by {ranks} ranks: start another number of "
+            "processes"
+        )
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise BadInput(
             "SOLVER.REFERENCE_WORLD_SIZE would change the batch with the ranks; here it is over all of them: leave it 0"
@@ -114,6 +126,12 @@ def require_possible(cfg: CfgNode) -> None:
         raise BadInput(
             f"DATALOADER.SAMPLER_TRAIN = {cfg.DATALOADER.SAMPLER_TRAIN} cannot be resumed: leave it TrainingSampler"
         )
+    if cfg.TEST.AUG.ENABLED or cfg.TEST.EXPECTED_RESULTS:
+        raise BadInput("TEST.AUG and TEST.EXPECTED_RESULTS are not done here: leave them as they are")
+    if cfg.SEED < 0:
+        raise BadInput(f"SEED = {cfg.SEED} would be another one after each stop: give 0 or more")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise BadInput(f"DATASETS.TEST = {tuple(cfg.DATASETS.TEST)}: a result is of one data set; give one")
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         for path in _files(name):
             if not path.exists():
@@ -129,7 +147,7 @@ def _files(name: str) -> list[Path]:
     if getattr(meta, "evaluator_type", None) == "pascal_voc":
         parts = (f"ImageSets/Main/{meta.split}.txt", "Annotations", "JPEGImages")
         return [Path(meta.dirname, part) for part in parts]
-    if hasattr(meta, "evaluator_type") and hasattr(meta, "json_file"):
+    if getattr(meta, "evaluator_type", None) == "coco" and hasattr(meta, "json_file"):
         return [Path(meta.json_file), Path(meta.image_root)]
     raise BadInput(f"Detectron2 knows no data set {name!r} that it can evaluate, as coco_2017_train or voc_2007_test")
 
@@ -189,15 +207,27 @@ class _Sampler(TrainingSampler):
 
 
 class _Checkpointer(DetectionCheckpointer):
-    """Says what a full disk means, and never leaves a torn pointer to the last checkpoint."""
+    """Writes whole files or none, keeps the newest, and says what a full disk means."""
 
     def save(self, name: str, **kwargs: Any) -> None:
+        path, partial = Path(self.save_dir, f"{name}.pth"), Path(self.save_dir, f".{name}.partial")
+        if path.is_file():
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         try:
-            super().save(name, **kwargs)
+            with partial.open("wb") as file:
+                torch.save({"model": self.model.state_dict(), **parts, **kwargs}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            self.tag_last_checkpoint(path.name)
+            for old in sorted(Path(self.save_dir).glob("model_[0-9]*.pth"))[:-KEPT]:
+                old.unlink()
         except (OSError, RuntimeError) as error:
-            raise StorageFailure(
-                f"cannot save {name} in {self.save_dir}: {error}; free room and give the same command again"
-            ) from None
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # a device's error, which comes to light when its tensors are copied
+            partial.unlink(missing_ok=True)
+            raise StorageFailure(f"cannot save {path}: {error}; free room and give the same command again") from None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         partial = Path(self.save_dir, ".last_checkpoint.partial")
@@ -205,23 +235,34 @@ class _Checkpointer(DetectionCheckpointer):
         os.replace(partial, Path(self.save_dir, "last_checkpoint"))
 
 
-def saved_iterations(folder: Path, last: int) -> int:
-    """Iterations that the newest checkpoint in a folder has done; `last` of a whole training, 0 without one."""
-    tag = folder / "last_checkpoint"
-    if not tag.is_file():
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder."""
+    for path in sorted(folder.glob("model_*.pth"), reverse=True):  # model_final is after all numbers
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    return path
+        except (OSError, zipfile.BadZipFile):
+            pass
+        log.warning("%s is damaged; looking for an older one", path)
+    return None
+
+
+def saved_iterations(checkpoint: Path | None, last: int) -> int:
+    """Iterations that a checkpoint has done; `last` of a whole training, 0 without one."""
+    if checkpoint is None:
         return 0
-    name = Path(tag.read_text().strip()).stem
-    return last if name == "model_final" else int(name.removeprefix("model_")) + 1
+    return last if checkpoint.stem == "model_final" else int(checkpoint.stem.removeprefix("model_")) + 1
 
 
 class Trainer(DefaultTrainer):
     """Detectron2's default training in the process group that is there, on any device, which ends well at a signal."""
 
-    def __init__(self, cfg: CfgNode, device: torch.device) -> None:
+    def __init__(self, cfg: CfgNode, device: torch.device, checkpoint: Path | None) -> None:
         TrainerBase.__init__(self)
         self.cfg = cfg
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.start_iter = saved_iterations(Path(cfg.OUTPUT_DIR), self.max_iter)
+        self.start_iter = saved_iterations(checkpoint, self.max_iter)
         seed_all_rng(cfg.SEED + self.start_iter + distributed.rank())  # other augmentations than before a stop
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -249,12 +290,8 @@ class Trainer(DefaultTrainer):
         return build_detection_train_loader(cfg, dataset=pictures, sampler=sampler)
 
     def build_hooks(self) -> list[Any]:
-        found = super().build_hooks()
-        for hook in found:
-            if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.max_to_keep = KEPT
-                hook.recent_checkpoints = sorted(map(str, Path(self.cfg.OUTPUT_DIR).glob("model_[0-9]*.pth")))
-        return found
+        """Detectron2's, without its saving: `train` does that, on all ranks together."""
+        return [hook for hook in super().build_hooks() if not isinstance(hook, hooks.PeriodicCheckpointer)]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> Any:
@@ -266,35 +303,64 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """Train to the end, evaluating there, and return Detectron2's results on the main rank.
 
-        Raises Stop with status 75 after a signal, everything being saved, and with 76 where the loss is not finite.
+        Raises Stop, on all ranks: with status 75 after a signal, with 76 where the loss is not finite.
         """
-        with EventStorage(self.start_iter) as self.storage, Preemption() as preemption:
+        period, before_last = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.max_iter - 2
+        with EventStorage(self.start_iter) as self.storage:
             self.iter = self.start_iter
             self.before_train()
-            while self.iter < self.max_iter:
-                self.before_step()
-                try:
-                    self.run_step()
-                except FloatingPointError as error:
-                    stop = Stop(
-                        f"the loss is not finite at iteration {self.iter} ({str(error).splitlines()[0]}): lower SOLVER.BASE_LR"
-                    )
-                    stop.status = Status.NON_FINITE
-                    raise stop from None
-                self.after_step()
-                if preemption.requested() and self.iter + 1 < self.max_iter:
-                    if comm.is_main_process():
-                        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
-                    comm.synchronize()
-                    stop = Stop(
-                        f"stopped by a signal after iteration {self.iter + 1} of {self.max_iter}; the same command goes on from "
-                        "here"
-                    )
-                    stop.status = Status.STOPPED
-                    raise stop
+            with Preemption() as signals:
+                while self.iter < self.max_iter - 1:
+                    broken = self._iteration()
+                    if broken is not None:  # the main rank alone knows; all shall end
+                        signals.request()
+                    stop = signals.requested()
+                    if stop:
+                        distributed.together(lambda broken=broken: _raise(broken))  # type: ignore[misc]
+                    if stop or (self.iter + 1) % period == 0 or self.iter == before_last:
+                        self._save(f"model_{self.iter:07d}")
+                    if stop:
+                        raise _stopped(
+                            f"after iteration {self.iter + 1} of {self.max_iter}; the same command goes on from here"
+                        )
+                    self.iter += 1
+            # The last iteration, batch norm's statistics and the evaluation are done again where a signal ends them.
+            preemption.stop_at_signals()
+            if self.iter < self.max_iter:
+                broken = self._iteration()
+                distributed.together(lambda: _raise(broken))
+                self._save("model_final")
                 self.iter += 1
             self.after_train()
         return self._last_eval_results
+
+    def _iteration(self) -> Stop | None:
+        self.before_step()
+        try:
+            self.run_step()
+        except FloatingPointError as error:
+            stop = Stop(
+                f"the loss is not finite at iteration {self.iter} ({str(error).splitlines()[0]}): lower SOLVER.BASE_LR"
+            )
+            stop.status = Status.NON_FINITE
+            return stop
+        self.after_step()
+        return None
+
+    def _save(self, name: str) -> None:
+        save = functools.partial(self.checkpointer.save, name, iteration=self.iter)
+        distributed.together(lambda: save() if comm.is_main_process() else None)
+
+
+def _raise(stop: Stop | None) -> None:
+    if stop is not None:
+        raise stop
+
+
+def _stopped(where: str) -> Stop:
+    stop = Stop(f"stopped by a signal {where}")
+    stop.status = Status.STOPPED
+    return stop
 
 
 def train(cfg: CfgNode, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
@@ -304,12 +370,8 @@ def train(cfg: CfgNode, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str
     must call it. Raises BadInput where the ranks cannot share a batch, and Stop as `Trainer.train`.
     """
     world = distributed.start()
-    if cfg.SOLVER.IMS_PER_BATCH % world.size:
-        raise BadInput(
-            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by {world.size} ranks: start another number of "
-            "processes"
-        )
-    comm.create_local_process_group(world.local_size)
+    if cfg.SOLVER.AMP.ENABLED and world.device.type == "cpu":
+        raise BadInput("SOLVER.AMP.ENABLED is for GPUs, and there is none here: leave it False")
     cfg = on_device(cfg, world.device)
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     for name in ("fvcore", "detectron2"):
@@ -318,12 +380,17 @@ def train(cfg: CfgNode, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
         torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
-    trainer = Trainer(cfg, world.device)
-    trainer.resume_or_load(resume=True)
-    if trainer.start_iter == 0:
+    checkpoint = distributed.together(lambda: newest(Path(cfg.OUTPUT_DIR)) if world.is_main else None)
+    path = distributed.gather_json(str(checkpoint) if checkpoint else None)[0]
+    trainer = Trainer(cfg, world.device, Path(path) if path else None)
+    if path:
+        trainer.checkpointer.load(path)
+    else:
+        trainer.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
         distributed.together(lambda: require_loaded(trainer.model, tensors))
     results = trainer.train()
-    return distributed.gather_json(_numbers(results) if world.is_main else None)[0]  # type: ignore[no-any-return]
+    found = distributed.together(lambda: _numbers(results) if world.is_main else None)
+    return distributed.gather_json(found)[0]  # type: ignore[no-any-return]
 
 
 def on_device(cfg: CfgNode, device: torch.device) -> CfgNode:
@@ -344,4 +411,8 @@ def _numbers(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         if theirs in results:
             values = {name: float(results[theirs][name]) for name in ("AP", "AP50", "AP75")}
             found[ours] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    if not found:
+        raise BadInput(
+            f"Detectron2's evaluation gave neither boxes nor masks but {', '.join(map(str, results)) or 'nothing'}"
+        )
     return found

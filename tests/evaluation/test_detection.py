@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,9 @@ from ssl_pipeline.exits import BadInput
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Detectron2 is not installed, whether it is or not."""
-    find = detection.find_spec
-
-    def absent(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
-        return None if name == "detectron2" else find(name, package)
-
-    monkeypatch.setattr(detection, "find_spec", absent)
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.delitem(sys.modules, "ssl_pipeline.evaluation.detectron2", raising=False)
+    monkeypatch.delattr("ssl_pipeline.evaluation.detectron2", raising=False)
 
 
 @pytest.mark.usefixtures("without")
@@ -34,7 +31,7 @@ def test_without_detectron2_one_sentence_says_how_to_get_it(tmp_path: Path, caps
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "Detectron2 is not installed here" in told
-    assert "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2" in told
+    assert "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2@02b5c4e" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -60,11 +57,12 @@ def test_presets_by_name_and_by_path(tmp_path: Path) -> None:
     ("preset", "overrides", "end", "name"),
     [
         ("coco_mask_rcnn_c4_1x", [], "", "detection"),
-        ("coco_mask_rcnn_c4_1x_barlow_twins", [], "_epoch_0100", "detection_epoch_0100"),
+        ("coco_mask_rcnn_c4_1x", [], "_epoch_0100", "detection_epoch_0100"),
+        ("coco_mask_rcnn_c4_1x_barlow_twins", [], "", "detection_coco_mask_rcnn_c4_1x_barlow_twins"),
         ("coco_mask_rcnn_c4_2x", [], "", "detection_coco_mask_rcnn_c4_2x"),
         ("voc_faster_rcnn_c4_24k", ["SEED=3"], "", "detection_voc_faster_rcnn_c4_24k_seed3"),
         ("voc_faster_rcnn_c4_24k", ["SEED=0"], "", "detection_voc_faster_rcnn_c4_24k"),
-        ("my/coco_mask_rcnn_c4_1x.yaml", [], "", "detection_coco_mask_rcnn_c4_1x"),
+        ("my/coco_mask_rcnn_c4_1x.yaml", [], "", "detection_file_coco_mask_rcnn_c4_1x"),
     ],
 )
 def test_only_table_3s_protocol_is_called_detection(preset: str, overrides: list[str], end: str, name: str) -> None:
@@ -76,7 +74,7 @@ def test_only_table_3s_protocol_is_called_detection(preset: str, overrides: list
     ("backbone", "said"),
     [
         ({"name": "resnet50"}, "Detectron2 is not installed"),
-        ({"name": "resnet18"}, "give --preset coco_mask_rcnn_fpn_1x"),
+        ({"name": "resnet18"}, "as --preset coco_mask_rcnn_fpn_1x"),
         ({"name": "resnet50", "stem": "small"}, "has the stem small, for small pictures"),
         ({"name": "vit_tiny_patch16_224"}, "is no ResNet"),
     ],

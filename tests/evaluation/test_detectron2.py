@@ -81,7 +81,7 @@ def test_the_real_checkpointer_finds_every_tensor_of_the_backbone(
     tmp_path: Path, preset: str, names: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     network, options = moved("resnet50")
-    done = export.to_detectron2(network, options, tmp_path / "out.pkl", "test")
+    done = export.to_detectron2(network, options, tmp_path / "out.pkl", "test", detectron2.stages)
     assert done.by_detectron2 is not None
     assert done.by_detectron2 <= 1e-10  # in float64
     cfg = detectron2.configured(config.packaged_configs() / "detectron2" / f"{preset}.yaml", [], done.resnet.settings)
@@ -114,7 +114,7 @@ def test_the_real_checkpointer_finds_every_tensor_of_the_backbone(
 )
 def test_detectron2_computes_the_same_features_in_fp32(tmp_path: Path, name: str) -> None:
     network, options = moved(name)
-    done = export.to_detectron2(network, options, tmp_path / "out.pkl", "test")
+    done = export.to_detectron2(network, options, tmp_path / "out.pkl", "test", detectron2.stages)
     images = torch.randn(2, 3, 160, 128)
     expected = export.stages(network, images.double())
     cfg = detectron2.get_cfg()
@@ -132,7 +132,7 @@ def test_detectron2_computes_the_same_features_in_fp32(tmp_path: Path, name: str
 
 def test_a_model_that_did_not_take_a_tensor_is_refused(tmp_path: Path) -> None:
     network, options = moved("resnet50")
-    export.to_detectron2(network, options, tmp_path / "out.pkl", "test")
+    export.to_detectron2(network, options, tmp_path / "out.pkl", "test", detectron2.stages)
     tensors = export.read_detectron2(tmp_path / "out.pkl")
     preset = config.packaged_configs() / "detectron2" / "coco_mask_rcnn_c4_1x.yaml"
     model = build_model(detectron2.on_device(detectron2.configured(preset, [], {}), torch.device("cpu")))
@@ -201,12 +201,26 @@ def test_a_run_that_is_stopped_goes_on_and_saves_before_it_ends(tmp_path: Path, 
     assert process.returncode == 75, errors
     told = int(errors.rsplit("stopped by a signal after iteration ", 1)[1].split()[0])
     (state,) = (tmp_path / "out" / "evaluations").iterdir()
-    assert detectron2.saved_iterations(state / "detectron2", 40) == told
+    newest = detectron2.newest(state / "detectron2")
+    assert newest is not None
+    assert detectron2.saved_iterations(newest, 40) == told
+    assert len(list((state / "detectron2").glob("model_*.pth"))) <= detectron2.KEPT
     saved = torch.load(state / "detectron2" / f"model_{told - 1:07d}.pth", weights_only=True)
     assert saved["iteration"] == told - 1
     assert list((tmp_path / "out").glob("results/*.json")) == []
-    done = subprocess.run([*line, "DATALOADER.NUM_WORKERS=1"], capture_output=True, text=True, timeout=300, check=False)
+    # A newer one that was torn is passed over.
+    (state / "detectron2" / "model_0000038.pth").write_bytes(newest.read_bytes()[:-1000])
+    done = subprocess.run(
+        [*line, "DATALOADER.NUM_WORKERS=1", "SOLVER.CHECKPOINT_PERIOD=7"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+    told_by = (state / "detectron2" / "log.txt").read_text()
+    assert f"Loading trainer from {newest}" in told_by
+    assert f"Loading model from {state / 'backbone.pkl'}" not in told_by.partition(f"Loading trainer from {newest}")[2]
     final = torch.load(state / "detectron2" / "model_final.pth", weights_only=True)
     assert final["iteration"] == 39
     events = [json.loads(text) for text in (state / "jobs.jsonl").read_text().splitlines()]
@@ -228,6 +242,15 @@ def test_two_ranks_train(
     assert json.loads(file.read_text())["ranks"] == 2
     three = command(*words(weights, coco, tmp_path / "three"), "SOLVER.IMS_PER_BATCH=3", ranks=2)
     assert "SOLVER.IMS_PER_BATCH = 3 cannot be divided by 2 ranks" in three.stderr
+    # Both ranks end at a loss that is not finite, and neither by a traceback of ours.
+    wild = command(
+        *words(weights, coco, tmp_path / "wild", "SOLVER.MAX_ITER=9", "SOLVER.STEPS=(8,)"),
+        *("SOLVER.BASE_LR=1e30", "SOLVER.WARMUP_ITERS=0"),
+        ranks=2,
+    )
+    assert "the loss is not finite at iteration" in wild.stderr
+    assert "exitcode: 76" in wild.stderr or "exitcode  : 76" in wild.stderr
+    assert "ssl_pipeline/evaluation/detectron2.py" not in wild.stderr
 
 
 def test_the_order_of_pictures_goes_on_where_it_stopped() -> None:
@@ -246,6 +269,12 @@ def test_the_order_of_pictures_goes_on_where_it_stopped() -> None:
         (["--preset", "coco_mask_rcnn_c4_3x"], "no preset 'coco_mask_rcnn_c4_3x'"),
         (["--preset", "voc_faster_rcnn_c4_24k"], "voc_2007_trainval is not here"),
         (["DATASETS.TEST=('cats',)"], "no data set 'cats'"),
+        (["DATASETS.TEST=('coco_2017_val','coco_2017_train')"], "a result is of one data set"),
+        (["DATASETS.TEST=('lvis_v1_val',)"], "no data set 'lvis_v1_val' that it can evaluate"),
+        (["MODEL.WEIGHTS=x.pkl"], "MODEL.WEIGHTS follows from the source"),
+        (["TEST.AUG.ENABLED=True"], "TEST.AUG and TEST.EXPECTED_RESULTS are not done here"),
+        (["SEED=-1"], "SEED = -1 would be another one after each stop"),
+        (["SOLVER.AMP.ENABLED=True"], "SOLVER.AMP.ENABLED is for GPUs"),
     ],
 )
 def test_bad_input(
@@ -269,12 +298,29 @@ def test_a_c4_head_has_no_basic_blocks(
     backbones.save(network, options, tmp_path / "r18.pth")
     done = command(*words(tmp_path / "r18.pth", coco, tmp_path / "out"))
     assert done.returncode == 2
-    assert "give --preset coco_mask_rcnn_fpn_1x" in done.stderr
+    assert "as --preset coco_mask_rcnn_fpn_1x" in done.stderr
     fpn = ["--preset", "coco_mask_rcnn_fpn_1x", "SOLVER.MAX_ITER=2", "SOLVER.STEPS=(1,)"]
     done = command(*words(tmp_path / "r18.pth", coco, tmp_path / "out", *fpn))
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out" / "results").glob("*.json")
     assert file.stem == "detection_coco_mask_rcnn_fpn_1x_r18"
+
+
+def test_a_preset_of_ones_own_reads_rgb_and_has_a_seed(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("SOLVER: {MAX_ITER: 5}\n")
+    network, options = moved("resnet50")
+    source = export.Source("x", options, network, Normalize(op="normalize"))
+    cfg = detectron2.configured(detection.preset_file(str(tmp_path / "mine.yaml")), [], source.pixels)
+    assert (cfg.INPUT.FORMAT, cfg.SEED, cfg.SOLVER.MAX_ITER) == ("RGB", 0, 5)
+    other = detectron2.configured(
+        tmp_path / "mine.yaml", ["DATALOADER.NUM_WORKERS=1", "SOLVER.CHECKPOINT_PERIOD=7"], {}
+    )
+    third = detectron2.configured(tmp_path / "mine.yaml", ["DATALOADER.ASPECT_RATIO_GROUPING=False"], {})
+    plain = [
+        detectron2.plain(one, detection.UNCHANGING)
+        for one in (detectron2.configured(tmp_path / "mine.yaml", [], {}), other, third)
+    ]
+    assert plain[0] == plain[1] != plain[2]
 
 
 def test_the_mean_of_the_pictures_is_the_runs_own(tmp_path: Path) -> None:
@@ -285,7 +331,7 @@ def test_the_mean_of_the_pictures_is_the_runs_own(tmp_path: Path) -> None:
     assert cfg.INPUT.FORMAT == "RGB"
     assert pytest.approx([127.5, 102.0, 76.5]) == cfg.MODEL.PIXEL_MEAN
     assert pytest.approx([51.0, 76.5, 102.0]) == cfg.MODEL.PIXEL_STD
-    facts = detectron2.plain(cfg)
+    facts = detectron2.plain(cfg, detection.UNCHANGING)
     assert facts["SOLVER"]["BASE_LR"] == 0.02
     assert "OUTPUT_DIR" not in facts
     assert np.allclose(facts["MODEL"]["PIXEL_MEAN"], [127.5, 102.0, 76.5])
