@@ -18,11 +18,14 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: setup  ## the main job in minutes: digits -> views -> METHOD + SparseHead -> evaluation -> runs/demo/report.html
 	$(BIN)/ssl-pipeline demo --method $(METHOD) --output $(DEMO)
 
+# A process a core, each with one thread of torch; a file's tests stay together, and so do their fixtures.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm and not slurm_all"
+	$(PARALLEL) -m "not slow and not slurm and not slurm_all"
 
 test-slow: setup  ## the others
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) -m slow
 
 test-slurm: setup  ## on a real Slurm cluster that is started on this machine; needs root and `make slurm-packages`
 	$(BIN)/python -m pytest -m slurm tests/slurm

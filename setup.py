@@ -39,7 +39,7 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "cuda12": ["nvidia-dali-cuda120"],
         "demo": ["scikit-learn", "matplotlib"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "pre-commit", "setuptools"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "setuptools"],
     },
     entry_points={"console_scripts": ["ssl-pipeline=ssl_pipeline.cli:main"]},
 )
