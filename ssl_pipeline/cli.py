@@ -423,7 +423,7 @@ def _freeze(name: str, overrides: Sequence[str], output: Path, resources, write:
     import torch
 
     from ssl_pipeline import config
-    from ssl_pipeline.data.index import read_index
+    from ssl_pipeline.data.index import pretraining_index
     from ssl_pipeline.pretrain import PretrainConfig, consequences
     from ssl_pipeline.run_folder import RunFolder
 
@@ -432,7 +432,7 @@ def _freeze(name: str, overrides: Sequence[str], output: Path, resources, write:
     consequences(options, resources.ranks)
     train = options.data.root / "train"
     if resources.cluster != "slurm":
-        read_index(train)  # raises here what the job would
+        pretraining_index(options.data.root, options.data.unlabelled)  # raises here what the job would
         if resources.gpus_per_node and torch.accelerator.current_accelerator(check_available=True) is None:
             raise BadInput(
                 f"--gpus-per-node {resources.gpus_per_node}: torch sees no GPU on this machine; leave it out"
@@ -564,8 +564,8 @@ def prepare_data(args: argparse.Namespace) -> int:
     """bring a data set into the layout train/<class>/<picture>, val/<class>/<picture>"""
     from ssl_pipeline.data.prepare import prepare
 
-    counts = prepare(args.name, args.out, args.source)
-    print(f"{args.out}: {counts['train']} pictures in train, {counts['val']} in val")
+    counts = prepare(args.name, args.out, args.source, args.classes)
+    print(f"{args.out}: pictures: {', '.join(f'{count:,} in {split}' for split, count in counts.items())}")
     return Status.DONE
 
 
@@ -709,11 +709,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run; of several runs, this folder")
 
     verb = add("prepare-data", prepare_data)
-    verb.add_argument("name", help="digits, cifar10, cifar100 or folder")
+    verb.add_argument("name", help="digits, cifar10, cifar100, stl10, tiny_imagenet, imagenet100, imagenet or folder")
     verb.add_argument("out", type=Path)
     verb.add_argument(
-        "--source", type=Path, nargs="+", default=[], metavar="PATH", help="tars or folders to take it from"
+        "--source", type=Path, nargs="+", default=[], metavar="PATH", help="archives or folders to take it from"
     )
+    verb.add_argument("--classes", type=Path, metavar="FILE", help="imagenet100: its 100 wnids")
 
     verb = add("demo", demo)
     verb.add_argument("--method", default="simclr")

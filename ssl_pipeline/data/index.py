@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Index:
     paths: tuple[str, ...]
     """Path of each sample, relative to `root`; within a shard, the shard's name and the member's."""
     labels: np.ndarray
-    """(N,) int64: the place of the sample's class in `classes`."""
+    """(N,) int64: the place of the sample's class in `classes`; -1 where it has none (`pretraining_index`)."""
     classes: tuple[str, ...]
     """Names of the classes, sorted."""
     spans: np.ndarray | None = None
@@ -57,6 +58,33 @@ def read_index(root: Path) -> Index:
     if root.is_dir() and not class_names(root) and any(root.glob("*.tar")):
         return shards(root)
     return image_folder(root)
+
+
+def pretraining_index(root: Path, unlabelled: Sequence[str] | None = None) -> Index:
+    """The index of what is pretrained on: `root/train` and, with label -1, all pictures in further folders below `root`.
+
+    Raises BadInput as `read_index`, and where a further folder is missing or holds no pictures.
+    """
+    labelled = read_index(root / "train")
+    if not unlabelled:
+        return labelled
+    if labelled.spans is not None:
+        raise BadInput(
+            f"data.unlabelled = {list(unlabelled)} adds folders of pictures, and {str(labelled.root)!r} holds tar shards: "
+            "lay the shards' pictures out in folders, or leave data.unlabelled out"
+        )
+    paths = [f"train/{path}" for path in labelled.paths]
+    for folder in unlabelled:
+        found = sorted(_pictures(root / folder, folder)) if (root / folder).is_dir() else []
+        if not found:
+            raise BadInput(
+                f"`data.unlabelled` names {folder!r}, and {str(root / folder)!r} is no folder with pictures: fill it, or "
+                "give data.unlabelled=null to pretrain on train alone"
+            )
+        paths += found
+    labels = np.full(len(paths), -1, dtype=np.int64)
+    labels[: len(labelled)] = labelled.labels
+    return Index(root, tuple(paths), labels, labelled.classes)
 
 
 def image_folder(root: Path, *, option: str = "data.root") -> Index:

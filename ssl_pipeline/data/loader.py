@@ -43,6 +43,8 @@ class Options(config.Options):
     """Of the data set, as in the paper's tables: cifar10, imagenet. Not a path."""
     root: Path
     """Folder with train/<class>/<picture> and val/<class>/<picture>."""
+    unlabelled: list[str] | None = None
+    """Folders below `root`, beside train, whose pictures are pretrained on too; no evaluation sees them."""
     views: list[ViewSpec] = Field(min_length=1)
     """The training views of each picture."""
     evaluation_view: ViewSpec
@@ -71,7 +73,7 @@ class Batch:
     views: list[Tensor]
     """V tensors (N, 3, S, S), float32."""
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64; -1: none."""
     ids: np.ndarray
     """(N,) int64: which samples these are, after replacement of unreadable ones. On the host."""
 

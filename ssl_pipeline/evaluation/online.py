@@ -28,7 +28,7 @@ log = logging.getLogger("ssl_pipeline")
 
 
 class Options(config.Options):
-    """What to measure along the way; nothing where the training pictures have fewer than two classes."""
+    """What to measure along the way, on labelled pictures; nothing where these have fewer than two classes."""
 
     linear: bool = True
     """A linear classifier on the first view's features: online_top1, online_top5 and online_loss of each logged step."""
@@ -68,8 +68,11 @@ class Online(nn.Module):
         world: distributed.World,
     ) -> None:
         super().__init__()
-        self.options, self.world, self.index, self.seed = options, world, index, seed
+        self.options, self.world, self.seed = options, world, seed
         classes = len(index.classes)
+        labelled = np.flatnonzero(index.labels >= 0)
+        self.partly = len(labelled) < len(index)
+        self.index = index.select(labelled) if self.partly else index
         self.on = options.linear and classes > 1
         self.every = options.knn_every_epochs if classes > 1 and val is not None else None
         self._val = val
@@ -87,13 +90,17 @@ class Online(nn.Module):
     def step(self, representations: Tensor, labels: Tensor, finite: Tensor) -> dict[str, Tensor]:
         """Train the classifier on features (N, D) and labels (N,) of this rank; top-1, top-5 (percent) and loss before.
 
+        Pictures without a label (-1) do not count: all values are means over the labelled pictures of all ranks.
         Like the run's own update it is left out where `finite`, a boolean on the device, is false. No host sync.
         """
         if not self.on:
             return {}
+        counted: Tensor | int = len(labels)
+        if self.partly:  # the mean over ranks, since ranks have different numbers of them; 1 in a step without any
+            counted = distributed.mean_over_ranks((labels >= 0).sum().float()).clamp(min=1 / self.world.size)
         with torch.autocast(representations.device.type, enabled=False), torch.enable_grad():
             logits = self.classifier(representations.detach().float())
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / counted
             gradients = torch.autograd.grad(loss, list(self.parameters()))
         for p, gradient in zip(self.parameters(), gradients, strict=True):
             p.grad = distributed.mean_over_ranks(gradient) if self.world.size > 1 else gradient
@@ -102,8 +109,8 @@ class Online(nn.Module):
         right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         return {
             "online_loss": loss.detach(),
-            "online_top1": 100 * right[:, 0].float().mean(),
-            "online_top5": 100 * right.any(dim=1).float().mean(),
+            "online_top1": 100 * right[:, 0].float().sum() / counted,
+            "online_top5": 100 * right.any(dim=1).float().sum() / counted,
         }
 
     def due(self, epoch: int) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_pipeline.data.index import image_folder, read_index
+from ssl_pipeline.data.index import image_folder, pretraining_index, read_index
 from ssl_pipeline.exits import BadInput
 
 
@@ -85,3 +85,32 @@ def test_shards_that_do_not_do(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", **{"readme.txt": b"1"})
     with pytest.raises(BadInput, match="hold no pictures with class files"):
         read_index(tmp_path)
+
+
+def test_pretraining_takes_in_folders_without_labels(tmp_path: Path) -> None:
+    make(tmp_path, "train/b/1.png", "train/a/1.png", "val/a/9.png", "val/b/9.png", "more/x.jpg")
+    make(tmp_path, "unlabeled/001/3.png", "unlabeled/000/2.png", "unlabeled/notes.txt")
+    index = pretraining_index(tmp_path, ["unlabeled", "more"])
+    assert index.paths == ("train/a/1.png", "train/b/1.png", "unlabeled/000/2.png", "unlabeled/001/3.png", "more/x.jpg")
+    assert index.labels.tolist() == [0, 1, -1, -1, -1]
+    assert index.classes == ("a", "b")
+    assert [index.read(place).tobytes() for place in range(5)] == [b"x"] * 5
+    alone = pretraining_index(tmp_path)
+    assert (alone.root, alone.paths) == (
+        tmp_path / "train",
+        ("a/1.png", "b/1.png"),
+    )  # ids and digest of runs without them
+    assert read_index(tmp_path / "train").digest() == alone.digest() != index.digest()
+
+
+def test_unlabelled_folders_that_do_not_do(tmp_path: Path) -> None:
+    make(tmp_path, "train/a/1.png", "empty/notes.txt")
+    for folder in ("gone", "empty"):
+        with pytest.raises(BadInput, match=f"`data.unlabelled` names '{folder}', and .* is no folder with pictures"):
+            pretraining_index(tmp_path, [folder])
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    make(tmp_path / "shards", "unlabeled/1.png")
+    tar(tmp_path / "shards" / "train" / "a.tar", **{"1.jpg": b"1", "1.cls": b"0"})
+    assert len(pretraining_index(tmp_path / "shards")) == 1
+    with pytest.raises(BadInput, match="holds tar shards"):
+        pretraining_index(tmp_path / "shards", ["unlabeled"])

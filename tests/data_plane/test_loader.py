@@ -215,3 +215,21 @@ def test_pictures_that_do_not_have_the_views_size_are_refused(tmp_path: Path, si
     data = Loader(image_folder(tmp_path), [plain], 2, seed=0, world=place(0, 1), threads=1, training=False)
     with pytest.raises(BadInput, match=r"a view of size 32 that resizes nothing: add .op: crop_resize"):
         next(iter(data))
+
+
+def test_views_of_several_sizes(photos: Path) -> None:
+    """SwAV's two large and six small crops: each of its own box, whatever other views there are and on any rank."""
+    specs = config.validate(PretrainConfig, config.load("imagenet/swav").values).data.views
+    specs = [spec.model_copy(update={"size": size}) for spec, size in zip(specs, (48, 24), strict=True)]
+    index = image_folder(photos / "train")
+
+    def first(views: list[ViewSpec], rank: int = 0, size: int = 1) -> list[torch.Tensor]:
+        return next(iter(Loader(index, views, 16, seed=5, world=place(rank, size), threads=1))).views
+
+    views = first(specs)
+    assert [tuple(view.shape) for view in views] == [(16, 3, 48, 48)] * 2 + [(16, 3, 24, 24)] * 6
+    assert len({digest(view) for view in views}) == 8
+    assert [digest(view) for view in first(specs[:1])] == [digest(view) for view in views[:2]]
+    halves = [first(specs, rank, 2) for rank in range(2)]
+    for whole, even, odd in zip(views, *halves, strict=True):
+        assert digest(torch.stack([even, odd], dim=1).flatten(0, 1)) == digest(whole)

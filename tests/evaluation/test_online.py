@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ssl_pipeline import checkpoint, distributed, pretrain
-from ssl_pipeline.data.index import read_index
+from ssl_pipeline.data.index import pretraining_index, read_index
 from ssl_pipeline.evaluation import features, knn, online
 from ssl_pipeline.exits import Status
 from ssl_pipeline.monitor import TIME_KEYS
@@ -122,6 +122,79 @@ def test_without_classes_there_is_nothing_to_measure(few_digits: Path, tmp_path:
     one_class.symlink_to(few_digits / "train")
     pretrain.pretrain(options(tmp_path / "data", "epochs=1", "max_steps=2", *ON), tmp_path / "run")
     assert not any(key.startswith("online") for row in rows(tmp_path / "run") for key in row)
+
+
+@pytest.fixture(scope="module")
+def partly_labelled(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 labelled and 100 unlabelled training pictures."""
+    root = tmp_path_factory.mktemp("partly")
+    for split in ("train", "val"):
+        (root / split).symlink_to(few_digits / split)
+    (root / "unlabeled").mkdir()
+    for place, path in enumerate(sorted((few_digits / "train").rglob("*.png"))[:100]):
+        (root / "unlabeled" / f"{place}.png").symlink_to(path)
+    return root
+
+
+def test_pictures_without_labels_are_pretrained_on_and_measure_nothing(partly_labelled: Path, tmp_path: Path) -> None:
+    chosen = options(partly_labelled, "data.unlabelled=[unlabeled]", "epochs=1", *ON)
+    assert pretrain.consequences(chosen, 1)["training pictures"] == 260
+    assert pretrain.cost(chosen)["images"] == 256
+    assert pretrain.pretrain(chosen, tmp_path / "run") == Status.DONE
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found if "loss" in row] == list(range(1, 17))  # 260 // 16
+    assert all(0 <= row["online_top1"] <= row["online_top5"] <= 100 for row in found if "loss" in row)
+    assert 0 <= found[-1]["online_knn5_top1"] <= 100
+    source = features.options(tmp_path / "run")
+    assert len(features.pictures(source, "train")) == 160  # what the probes and k-nn see
+
+
+def on_this_rank_with_labels_missing(root: str) -> torch.Tensor:
+    """Loss, accuracies and the trained weights after steps in which ranks have different numbers of labels, one none."""
+    chosen = options(Path(root), "data.unlabelled=[unlabeled]")
+    index = pretraining_index(chosen.data.root, chosen.data.unlabelled)
+    world = distributed.start()
+    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, None, 3, world)
+    values = []
+    for inputs, labels in steps_with_labels_missing():
+        mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+        logs = probe.step(inputs[mine], labels[mine], torch.tensor(True))
+        values.append(distributed.mean_over_ranks(torch.stack(list(logs.values()))))
+    return torch.cat([*values, *(p.detach().flatten() for p in probe.parameters())])
+
+
+def steps_with_labels_missing() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    drawn = torch.Generator().manual_seed(0)
+    known = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2], [5], []]  # the first rank of two has places 0 to 3
+    steps = []
+    for places in known:
+        inputs = torch.randn(8, 12, generator=drawn)
+        labels = torch.full((8,), -1)
+        labels[places] = inputs[places, :10].argmax(dim=1)
+        steps.append((inputs, labels))
+    return steps
+
+
+def test_the_probe_trains_on_the_labelled_pictures_alone(partly_labelled: Path) -> None:
+    one = on_this_rank_with_labels_missing(str(partly_labelled))
+    torch.manual_seed(3)
+    theirs = nn.Linear(12, 10)
+    optimizer = torch.optim.Adam(theirs.parameters(), 1e-3)
+    expected = []
+    for inputs, labels in steps_with_labels_missing():
+        seen = labels >= 0
+        logits = theirs(inputs[seen])
+        loss = F.cross_entropy(logits, labels[seen]) if seen.any() else 0 * logits.sum()
+        right = logits.topk(5, dim=1).indices == labels[seen][:, None]
+        top = [100 * right[:, :k].any(dim=1).float().mean() if seen.any() else torch.tensor(0.0) for k in (1, 5)]
+        expected.append(torch.stack([loss.detach(), *top]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected += [p.detach().flatten() for p in theirs.parameters()]
+    torch.testing.assert_close(one, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    for rank in on_ranks(2, on_this_rank_with_labels_missing, str(partly_labelled)):
+        torch.testing.assert_close(rank, one, rtol=1e-4, atol=1e-5)
 
 
 def on_this_rank(root: str, into: str) -> torch.Tensor:
