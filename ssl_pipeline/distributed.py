@@ -243,6 +243,11 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x)
 
 
+def gather_in_order(x: Tensor) -> Tensor:
+    """`gather`, with the rows in the order of the global batch, of which rank r has rows r, r + W, ... (data/loader.py)."""
+    return gather(x).unflatten(0, (dist.get_world_size(), -1)).transpose(0, 1).flatten(0, 1)
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of x over all ranks, without gradient."""
     total = x.detach().clone()

@@ -25,8 +25,11 @@ class Options(config.Options):
     """Whether the hidden linear layers, which a batch norm follows, have a bias."""
     output_bias: bool = True
     """Whether the last linear layer has a bias."""
-    output_norm: Literal["none", "scale", "affine"] = "none"
-    """Batch norm after the last linear layer: none, with a scale only, or with scale and offset."""
+    output_norm: Literal["none", "plain", "scale", "affine"] = "none"
+    """Batch norm after the last linear layer: none, without scale and offset, with a scale only, or with both.
+
+    SimSiam's projector ends with `plain`. Its last linear layer has a bias that stays as it was drawn
+    (facebookresearch/simsiam simsiam/builder.py); the norm subtracts it with the mean, so output_bias=false is the same."""
     init_std: float | None = Field(None, gt=0)
     """Standard deviation of normal initial weights of all linear layers. None: torch's default."""
     sparse: sparse_head.Options = sparse_head.Options()
@@ -60,7 +63,7 @@ class ProjectionHead(nn.Module):
         if options.kind != "identity":
             layers.append(nn.Linear(inputs, options.output, bias=options.output_bias))
             if options.output_norm != "none":
-                norm = nn.BatchNorm1d(options.output)
+                norm = nn.BatchNorm1d(options.output, affine=options.output_norm != "plain")
                 if options.output_norm == "scale":
                     norm.bias.requires_grad_(False)
                 layers.append(norm)

@@ -1,4 +1,4 @@
-"""LARS, the optimizers by name, and learning rates as pure functions of the step.
+"""LARS, LARC, the optimizers by name, and learning rates as pure functions of the step.
 
 Every optimizer here runs torch's fused kernels, which take `found_inf`, a number on the device: above 0 they leave
 parameters and state bit for bit as they were. So a step with NaN or infinite gradients is skipped without the host
@@ -21,7 +21,8 @@ from ssl_pipeline import config
 class Options(config.Options):
     """Optimizer and schedule."""
 
-    name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
+    name: Literal["lars", "larc", "sgd", "adam", "adamw"] = "lars"
+    """`lars`: as in Barlow Twins, VICReg and BYOL. `larc`: as in SwAV; its recipe has `exclude_1d` false."""
     learning_rate: float = Field(0.2, gt=0)
     """Base rate; with `scale_with_batch` it is for 256 pictures."""
     learning_rate_1d: float | None = Field(None, gt=0)
@@ -29,20 +30,25 @@ class Options(config.Options):
     scale_with_batch: bool = False
     """Whether rates are multiplied by batch size / 256 (Goyal et al. 2017)."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of lars and sgd."""
+    """Of lars, larc and sgd."""
     nesterov: bool = False
     """Of sgd."""
     weight_decay: float = Field(1e-6, ge=0)
     exclude_1d: bool = True
-    """Whether biases and norms go without weight decay and LARS's adaptation."""
+    """Whether biases and norms go without weight decay and LARS's or LARC's adaptation."""
     trust_coefficient: float = Field(0.001, gt=0)
-    """eta of lars."""
+    """eta of lars and larc."""
     schedule: Literal["cosine", "drops", "constant"] = "cosine"
-    """`cosine`: linear warm-up from 0, then a half cosine to `final_factor`. `drops`: warm-up, then constant, times
+    """`cosine`: linear warm-up, then a half cosine to `final_factor`. `drops`: warm-up, then constant, times
     `drop_factor` at `drop_epochs` before the end. `constant`: warm-up, then constant."""
     warmup_epochs: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     """Given instead of `warmup_epochs`."""
+    warmup_start_factor: float = Field(0.0, ge=0, le=1)
+    """Of the cosine: first rate of the warm-up as a share of the base rate."""
+    warmup_inclusive: bool = False
+    """Of the cosine: whether the last step of the warm-up has the base rate already, which the cosine's first step then
+    repeats (facebookresearch/swav), or comes one step short of it (all others)."""
     cosine_per: Literal["step", "epoch"] = "step"
     """How often the cosine moves on; facebookresearch/simsiam and the linear probes take `epoch`."""
     final_factor: float = Field(0.0, ge=0, le=1)
@@ -57,17 +63,29 @@ class Options(config.Options):
             raise ValueError("nesterov needs momentum above 0: give momentum, or nesterov=false")
         return self
 
+    @model_validator(mode="after")
+    def _warmup_is_the_cosines(self) -> Options:
+        if self.schedule != "cosine" and (self.warmup_start_factor or self.warmup_inclusive):
+            raise ValueError(
+                f"warmup_start_factor and warmup_inclusive are the cosine's and schedule = {self.schedule} has a warm-up "
+                "of its own: leave them out, or take schedule=cosine"
+            )
+        return self
+
 
 # ---------------------------------------------------------------------------------------------------------------- rates
-def warmup_cosine(step: int, steps: int, warmup: int, final_factor: float = 0.0) -> float:
+def warmup_cosine(
+    step: int, steps: int, warmup: int, final_factor: float = 0.0, start_factor: float = 0.0, inclusive: bool = False
+) -> float:
     """Share of the base rate in force during `step` (0-based).
 
-    step / warmup at first, then q + final_factor (1 - q) with q = (1 + cos(pi (step - warmup) / (steps - warmup))) / 2.
+    start_factor + (1 - start_factor) step / warmup at first, where an `inclusive` warm-up divides by warmup - 1; then
+    q + final_factor (1 - q) with q = (1 + cos(pi (step - warmup) / (steps - warmup))) / 2.
     Source: facebookresearch/barlowtwins main.py:adjust_learning_rate; with final_factor 0, deepmind-research
-    byol/utils/schedules.py:learning_schedule.
+    byol/utils/schedules.py:learning_schedule; inclusive, facebookresearch/swav main_swav.py:main.
     """
     if step < warmup:
-        return step / warmup
+        return start_factor + (1 - start_factor) * step / max(warmup - inclusive, 1)
     q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
     return q + final_factor * (1 - q)
 
@@ -88,7 +106,8 @@ def rate_factor(options: Options, step: int, steps_per_epoch: int, epochs: int) 
     if options.schedule == "cosine":
         if options.cosine_per == "epoch" and step >= warmup:
             step = max(step // steps_per_epoch * steps_per_epoch, warmup)
-        return warmup_cosine(step, steps_per_epoch * epochs, warmup, options.final_factor)
+        start, inclusive = options.warmup_start_factor, options.warmup_inclusive
+        return warmup_cosine(step, steps_per_epoch * epochs, warmup, options.final_factor, start, inclusive)
     drops = options.drop_epochs if options.schedule == "drops" else []
     return warmup_drops(step, warmup, step // steps_per_epoch, epochs, drops, options.drop_factor)
 
@@ -124,27 +143,56 @@ class LARS(torch.optim.SGD):
             if not weights:
                 continue
             gradients = [p.grad for p in weights]
-            if group["decay"]:
-                torch._foreach_add_(gradients, weights, alpha=group["decay"])
-            if group["adapt"]:
-                norms = torch.stack(torch._foreach_norm(weights))
-                updates = torch.stack(torch._foreach_norm(gradients))
-                ratio = self.trust_coefficient * norms / updates
-                ratio = torch.where((norms > 0) & (updates > 0), ratio, torch.ones_like(ratio))
-                torch._foreach_mul_(gradients, list(ratio.unbind()))
+            self._scale(gradients, weights, group["decay"], group["adapt"])
         return super().step(closure)
+
+    def _scale(self, gradients: list[Tensor], weights: list[Tensor], decay: float, adapt: bool) -> None:
+        """Put q d in the place of the gradients."""
+        if decay:
+            torch._foreach_add_(gradients, weights, alpha=decay)
+        if adapt:
+            norms = torch.stack(torch._foreach_norm(weights))
+            updates = torch.stack(torch._foreach_norm(gradients))
+            ratio = self.trust_coefficient * norms / updates
+            ratio = torch.where((norms > 0) & (updates > 0), ratio, torch.ones_like(ratio))
+            torch._foreach_mul_(gradients, list(ratio.unbind()))
+
+
+class LARC(LARS):
+    """LARS with another denominator: q = eta ||w|| / (||g|| + decay ||w|| + eps), without clipping, without host sync.
+
+    A weight or a gradient of zeros is neither scaled nor decayed. The arithmetic is NVIDIA/apex
+    apex/parallel/LARC.py:LARC with clip=False around SGD, as facebookresearch/swav and simsiam use it: on biases and
+    norms too. Without them (groups with `adapt` False and no decay) it is timm's optim/lars.py:Lars.
+    """
+
+    eps = 1e-8
+
+    def _scale(self, gradients: list[Tensor], weights: list[Tensor], decay: float, adapt: bool) -> None:
+        if not adapt:
+            super()._scale(gradients, weights, decay, adapt)
+            return
+        norms = torch.stack(torch._foreach_norm(weights))
+        slopes = torch.stack(torch._foreach_norm(gradients))
+        ratio = self.trust_coefficient * norms / (slopes + decay * norms + self.eps)
+        # A factor of 0 takes the decay from a gradient of zeros; weights of zeros have none.
+        ratio = torch.where(slopes > 0, ratio, torch.zeros_like(ratio))
+        ratio = torch.where(norms > 0, ratio, torch.ones_like(ratio))
+        torch._foreach_add_(gradients, weights, alpha=decay)
+        torch._foreach_mul_(gradients, list(ratio.unbind()))
 
 
 def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> torch.optim.Optimizer:
     """The optimizer of a method's `parameter_groups()`. Each group remembers its `base_lr` and whether it is scheduled.
 
+    A group whose `lr` is "constant" keeps the base rate, scaled with the batch, for the whole run: no warm-up, no decay.
     A group may have a `rate` and a `weight_decay` of its own in the place of the options'.
     """
     built = []
     for group in groups:
         scheduled = group["lr"] == "scheduled"
-        rate = group.get("rate", options.learning_rate_1d if group["name"] == "vectors" else None)
-        base = base_rate(options, batch_size, rate) if scheduled else group["lr"]
+        rate = group.get("rate", options.learning_rate_1d if group["name"].endswith("vectors") else None)
+        base = base_rate(options, batch_size, rate) if group["lr"] in ("scheduled", "constant") else group["lr"]
         decayed = group["decay"] or not options.exclude_1d
         decay = group.get("weight_decay", options.weight_decay) if decayed else 0.0
         kept: dict[str, Any] = {
@@ -153,14 +201,15 @@ def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> to
             "scheduled": scheduled,
             "base_lr": base,
         }
-        if options.name == "lars":
+        if options.name in ("lars", "larc"):
             built.append({**kept, "lr": base, "decay": decay, "adapt": group["adapt"] or not options.exclude_1d})
         else:
             built.append({**kept, "lr": base, "weight_decay": decay})
     built = [group for group in built if group["params"]]
     optimizer: torch.optim.Optimizer
-    if options.name == "lars":
-        optimizer = LARS(built, options.learning_rate, options.momentum, options.trust_coefficient)
+    if options.name in ("lars", "larc"):
+        kind = LARS if options.name == "lars" else LARC
+        optimizer = kind(built, options.learning_rate, options.momentum, options.trust_coefficient)
     elif options.name == "sgd":
         nesterov = options.nesterov
         optimizer = torch.optim.SGD(built, options.learning_rate, options.momentum, nesterov=nesterov, fused=True)

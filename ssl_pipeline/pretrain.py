@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
-from ssl_pipeline.data.index import Index, read_index
+from ssl_pipeline.data.index import Index, pretraining_index
 from ssl_pipeline.data.loader import Loader, require_dali
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.evaluation.online import Online, validation_pictures
@@ -64,10 +64,12 @@ class PretrainConfig(config.Options):
     online: OnlineOptions = OnlineOptions()
 
     @model_validator(mode="after")
-    def _views_fit(self) -> PretrainConfig:
+    def _method_fits(self) -> PretrainConfig:
         name = self.method.name  # type: ignore[attr-defined]
         sizes = [view.size for view in self.data.views for _ in range(view.count)]
-        methods.get(name).views(self.method).check(name, sizes)
+        method = methods.get(name)
+        method.views(self.method).check(name, sizes)
+        method.check(self.method, self.head, self.data.batch_size)
         return self
 
 
@@ -85,7 +87,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     def read_pictures() -> tuple[Index | None, BadInput | None]:
         require_dali()
         try:
-            index = read_index(options.data.root / "train")
+            index = pretraining_index(options.data.root, options.data.unlabelled)
         except BadInput as error:  # perhaps on this node alone
             return None, error
         require_possible(options, world.size, len(index))
@@ -114,7 +116,7 @@ def build_method(options: PretrainConfig) -> Method:
     torch.manual_seed(options.seed)
     network = backbone.build(options.backbone)
     projection = ProjectionHead(options.head, backbone.width(network))
-    return methods.build(options.method, network, projection)
+    return methods.build(options.method, network, projection, options.seed)
 
 
 def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
@@ -240,6 +242,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 factor = optim.rate_factor(options.optim, step, len(data), options.epochs)
                 rates = optim.set_rates(optimizer, factor)
                 statistics = _copy_of_buffers(method)
+                method.before_forward(progress)
 
                 with torch.autocast(device.type, dtype=half, enabled=half is not None):
                     output = model([view.contiguous(memory_format=layout) for view in batch.views])
@@ -341,7 +344,7 @@ def _restore(
 def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     """What follows from a config on a number of ranks: batch, steps, rates, parameters, head, views. Runs nothing."""
     root = options.data.root / "train"
-    samples = len(read_index(root)) if root.is_dir() else None
+    samples = len(pretraining_index(options.data.root, options.data.unlabelled)) if root.is_dir() else None
     with torch.device("meta"):
         method = build_method(options)
     batch = options.data.batch_size
@@ -386,7 +389,8 @@ def cost(options: PretrainConfig, pictures: int | None = None) -> dict[str, int]
         method = build_method(options)
     root = options.data.root / "train"
     batch = options.data.batch_size
-    samples = len(read_index(root)) if root.is_dir() else pictures or 0
+    there = root.is_dir()
+    samples = len(pretraining_index(options.data.root, options.data.unlabelled)) if there else pictures or 0
     steps = samples // batch * options.epochs
     return {
         "checkpoint_bytes": _checkpoint_bytes(method, options),

@@ -24,7 +24,7 @@ from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.run_folder import read_lines, saved_steps
 
-METHODS = ["simclr", "byol", "barlow_twins"]
+METHODS = ["simclr", "byol", "barlow_twins", "simsiam", "vicreg", "w_mse", "ssl_hsic", "swav"]
 
 
 def options(root: Path, *overrides: str, method: str = "simclr") -> PretrainConfig:
@@ -32,6 +32,14 @@ def options(root: Path, *overrides: str, method: str = "simclr") -> PretrainConf
         "simclr": [],
         "byol": ["method={name: byol, predictor_hidden: 64}"],
         "barlow_twins": ["method={name: barlow_twins}"],
+        "simsiam": ["method={name: simsiam, predictor_hidden: 16}", "head.output_norm=plain", "head.output_bias=false"],
+        "vicreg": ["method={name: vicreg}"],
+        "w_mse": ["method={name: w_mse, w_size: 16}", "head.output=8"],
+        "ssl_hsic": ["method={name: ssl_hsic, predictor_hidden: 64}"],
+        # Two batches in the queue, in use from step 3 on; prototypes that rest until step 4.
+        "swav": [
+            "method={name: swav, prototypes: 20, queue_length: 32, queue_start_epoch: 0, freeze_prototypes_steps: 4}"
+        ],
     }[method]
     tree = config.load("smoke", [f"data.root={root}", "data.batch_size=16", "monitor.tensorboard=false"])
     if other:

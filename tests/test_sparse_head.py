@@ -62,6 +62,7 @@ def test_an_identity_head_has_nothing_to_be_sparse() -> None:
         ({"kind": "linear", "output": 8}, 8, 1),
         ({"kind": "mlp", "hidden": 32, "output": 8}, 8, 2),
         ({"kind": "mlp", "layers": 3, "hidden": 32, "output": 8, "output_norm": "scale"}, 8, 3),
+        ({"kind": "mlp", "hidden": 32, "output": 8, "output_norm": "plain"}, 8, 2),
     ],
 )
 def test_head_kinds(options: dict, outputs: int, linear: int) -> None:
@@ -79,3 +80,31 @@ def test_official_simclr_head() -> None:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
     assert sorted(shapes.values()) == sorted([(2048, 2048), (2048,), (2048,), (128, 2048), (128,)])
     assert abs(module.last_layer.weight.std().item() - 0.01) < 1e-3
+
+
+def test_a_plain_norm_has_no_parameters_and_cancels_the_bias_before_it() -> None:
+    options = {"kind": "mlp", "hidden": 32, "output": 8, "output_norm": "plain"}
+    with_bias = ProjectionHead(head.Options(**options), 16).double()
+    without = ProjectionHead(head.Options(**options, output_bias=False), 16).double()
+    assert list(without.layers[-1].parameters()) == []
+    without.load_state_dict({k: v for k, v in with_bias.state_dict().items() if k != "layers.3.bias"})
+    features = torch.randn(10, 16, dtype=torch.float64)
+    z = without(features)
+    torch.testing.assert_close(z, with_bias(features), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(z.mean(0), torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.var(0, correction=0), torch.ones(8, dtype=torch.float64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "vectors"),
+    [  # simsiam/builder.py: biases nowhere but the frozen one; vicreg main_vicreg.py:Projector: everywhere but in the last
+        ("imagenet/simsiam", [(2048, 2048)] * 3, [(2048,)] * 4),
+        ("imagenet/vicreg", [(8192, 2048), (8192, 8192), (8192, 8192)], [(8192,)] * 6),
+    ],
+)
+def test_official_heads(name: str, matrices: list, vectors: list) -> None:
+    options = config.validate(PretrainConfig, config.load(name).values).head
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for p in ProjectionHead(options, 2048).parameters()]
+    assert [shape for shape in shapes if len(shape) == 2] == matrices
+    assert [shape for shape in shapes if len(shape) == 1] == vectors

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_pipeline import config, sparse_head
 from ssl_pipeline.exits import BadInput
+from ssl_pipeline.head import Options as HeadOptions
 from ssl_pipeline.head import ProjectionHead
 
 
@@ -81,6 +83,10 @@ class Method(nn.Module):
         head: (N, D) -> (N, K).
     """
 
+    seed: int = 0
+    """Key of what the method draws; the run's."""
+    progress: Progress = Progress(step=0, steps=1, epoch=0, epochs=1)
+    """Of the step that is being made."""
     gradient_scale: float = 1.0
     """Factor on the whole gradient, not on the value; 1 but for a quirk that a recipe was tuned with."""
 
@@ -94,6 +100,10 @@ class Method(nn.Module):
     def views(options: Any) -> ViewNeeds:
         """Which views the method can use."""
         return ViewNeeds()
+
+    @staticmethod
+    def check(options: Any, head: HeadOptions, batch_size: int) -> None:
+        """Raises BadInput where the method cannot work with a head or a global batch; called when a config is read."""
 
     def objective(self, views: list[Tensor]) -> Objective:
         """The method's loss of V views (N, 3, S, S)."""
@@ -120,7 +130,7 @@ class Method(nn.Module):
         """Groups for the optimizer: {params, name, decay, adapt, lr}.
 
         `decay` and `adapt` say whether weight decay and LARS's adaptation apply where an optimizer excludes anything;
-        `lr` is "scheduled" or a constant rate.
+        `lr` is "scheduled", "constant" for the base rate without warm-up and decay, or a constant rate of its own.
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
@@ -128,6 +138,15 @@ class Method(nn.Module):
             {"params": matrices, "name": "matrices", "decay": True, "adapt": True, "lr": "scheduled"},
             {"params": vectors, "name": "vectors", "decay": False, "adapt": False, "lr": "scheduled"},
         ]
+
+    def before_forward(self, progress: Progress) -> None:
+        """Called before the forward pass."""
+        self.progress = progress
+
+    def generator(self, purpose: int = 0) -> torch.Generator:
+        """Draws on the host that are a function of (seed, step, purpose): the same on all ranks, and after a resume."""
+        key = np.random.SeedSequence((self.seed, self.progress.step, purpose)).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(key[0]) >> 1)
 
     def before_update(self, progress: Progress) -> None:
         """Called after backward and before the optimizer."""
@@ -150,11 +169,19 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def to_device(x: Tensor, like: Tensor) -> Tensor:
+    """x, drawn on the host, on the device of `like`; the host does not wait."""
+    pinned = x.pin_memory() if like.device.type == "cuda" else x
+    return pinned.to(like.device, non_blocking=True)
+
+
 def get(name: str) -> type[Method]:
     """The class of a method. Its name must be one of config.method_names()."""
     return importlib.import_module(f"ssl_pipeline.methods.{name}").Method
 
 
-def build(options: config.Options, backbone: nn.Module, head: ProjectionHead) -> Method:
+def build(options: config.Options, backbone: nn.Module, head: ProjectionHead, seed: int = 0) -> Method:
     """The method that `options.name` names."""
-    return get(options.name)(options, backbone, head)  # type: ignore[attr-defined]
+    method = get(options.name)(options, backbone, head)  # type: ignore[attr-defined]
+    method.seed = seed
+    return method

@@ -12,6 +12,11 @@ CASES = [
     ("digits/simclr_sparsehead", []),
     ("digits/byol_sparsehead", []),
     ("digits/barlow_twins_sparsehead", ["head.hidden=256", "head.output=128"]),
+    ("digits/simsiam_sparsehead", ["head.hidden=256", "head.output=128", "method.predictor_hidden=32"]),
+    ("digits/vicreg_sparsehead", ["head.hidden=256", "head.output=128"]),
+    ("digits/w_mse_sparsehead", ["head.output=8", "method.w_size=32"]),
+    ("digits/ssl_hsic_sparsehead", []),
+    ("digits/swav_sparsehead", ["method.freeze_prototypes_steps=0"]),
 ]
 SMALL = ["backbone.arguments={layers: [1, 1, 1, 1], channels: [16, 32, 64, 64]}"]
 

@@ -15,6 +15,12 @@ CASES = [
     ("cifar10/barlow_twins_sparsehead", ["head.hidden=256", "head.output=256", "method.gradient_divisor=16"]),
     ("cifar10/simclr", ["head.kind=linear"]),
     ("cifar10/byol", ["head.kind=identity"]),
+    ("cifar10/simsiam_sparsehead", ["head.hidden=256", "head.output=256", "method.predictor_hidden=64"]),
+    ("cifar10/vicreg_sparsehead", ["head.hidden=256", "head.output=256"]),
+    ("cifar10/w_mse_sparsehead", ["head.output=2", "method.w_size=4", "method.w_iter=2"]),
+    ("cifar10/w_mse", ["head.output=2", "method.w_size=4", "data.views.0.count=4"]),
+    ("cifar10/ssl_hsic_sparsehead", []),
+    ("cifar10/swav_sparsehead", []),
 ]
 
 
@@ -25,7 +31,9 @@ def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tenso
     method = build_method(options).double()
     model = distributed.wrap(method, world.device)
     generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(2)]
+    whole = [
+        torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(options.data.views[0].count)
+    ]
     views = [view[world.rank :: world.size] for view in whole]
     output = model(views)
     output.loss.backward()
