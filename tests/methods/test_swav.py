@@ -104,8 +104,8 @@ def test_views_of_one_size_are_one_batch_and_the_head_sees_all() -> None:
 
 def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
     for overrides, words in (
-        (["method.queue_length=600"], "queue_length = 600 is no multiple of data.batch_size = 256: take 512 or 768"),
-        (["method.queue_length=100"], "queue_length = 100 .* data.batch_size = 256: take no queue, 0, or 256"),
+        (["method.queue_length=600"], "queue_length = 600 is no multiple of data.batch_size = 64: take 576 or 640"),
+        (["method.queue_length=50"], "queue_length = 50 .* data.batch_size = 64: take no queue, 0, or 64"),
         (["data.views.0.count=1"], "swav uses 2 to any number of views and data.views makes 1"),
         (["method.epsilon=0.001"], "method.epsilon"),
     ):
