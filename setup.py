@@ -41,5 +41,5 @@ setup(
         "demo": ["scikit-learn", "matplotlib"],
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "setuptools"],
     },
-    entry_points={"console_scripts": ["ssl-pipeline=ssl_pipeline.cli:main"]},
+    entry_points={"console_scripts": ["ssl-pipeline=ssl_pipeline.cli:entry"]},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -773,6 +774,21 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
                 signal.signal(number, handler)
 
 
-def tool(verb: str) -> int:
-    """`main` with the verb given: what the files under tools/ call."""
-    return main([verb, *sys.argv[1:]])
+def entry(arguments: Sequence[str] | None = None) -> None:
+    """The program itself: `main`, and its status as the process's.
+
+    A stopped job ends at once: all is saved, and a library that fails while the interpreter is taken apart must not
+    take the status that brings the job back into the queue.
+    """
+    status = main(arguments)
+    if status == Status.STOPPED:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def tool(verb: str) -> None:
+    """`entry` with the verb given: what the files under tools/ call."""
+    entry([verb, *sys.argv[1:]])

@@ -1,7 +1,5 @@
 """`ssl-pipeline convert-to-detectron2` as a file. See `--help`."""
 
-import sys
-
 from ssl_pipeline.cli import tool
 
-sys.exit(tool("convert-to-detectron2"))
+tool("convert-to-detectron2")

@@ -1,7 +1,5 @@
 """`ssl-pipeline knn` as a file. See `--help`."""
 
-import sys
-
 from ssl_pipeline.cli import tool
 
-sys.exit(tool("knn"))
+tool("knn")

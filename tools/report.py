@@ -1,7 +1,5 @@
 """`ssl-pipeline report` as a file. See `--help`."""
 
-import sys
-
 from ssl_pipeline.cli import tool
 
-sys.exit(tool("report"))
+tool("report")

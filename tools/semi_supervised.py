@@ -1,7 +1,5 @@
 """`ssl-pipeline semi-supervised` as a file. See `--help`."""
 
-import sys
-
 from ssl_pipeline.cli import tool
 
-sys.exit(tool("semi-supervised"))
+tool("semi-supervised")

@@ -320,6 +320,9 @@ class Trainer(DefaultTrainer):
                     if stop or (self.iter + 1) % period == 0 or self.iter == before_last:
                         self._save(f"model_{self.iter:07d}")
                     if stop:
+                        for hook in self._hooks:
+                            if isinstance(hook, hooks.PeriodicWriter):
+                                hook.after_train()
                         raise _stopped(
                             f"after iteration {self.iter + 1} of {self.max_iter}; the same command goes on from here"
                         )
