@@ -79,7 +79,6 @@ class Preemption:
         self._sum = np.zeros(1, dtype=np.int64)  # read through numpy: no tensor operation, no wait for a device
         self._tensor = torch.from_numpy(self._sum)
         self._pending: dist.Work | None = None
-        self._asked = False
 
     def __enter__(self) -> Preemption:
         self._before = len(_noted) if signal.getsignal(signal.SIGTERM) is not _note else 0
@@ -93,10 +92,6 @@ class Preemption:
         if self._pending is not None and kind is None:
             self._pending.wait()
 
-    def request(self) -> None:
-        """Ask all ranks to stop as a signal would."""
-        self._asked = True
-
     def requested(self) -> bool:
         """Whether any rank had been signalled by its last call. To be called once a step by all ranks."""
         if self._pending is not None:
@@ -105,6 +100,6 @@ class Preemption:
                 self._pending = None
                 self._stopped = True
                 return True
-        self._sum[0] = len(_noted) > self._before or self._asked
+        self._sum[0] = len(_noted) > self._before
         self._pending = self._dist.all_reduce(self._tensor, group=self._group, async_op=True)
         return False

@@ -303,7 +303,7 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """Train to the end, evaluating there, and return Detectron2's results on the main rank.
 
-        Raises Stop, on all ranks: with status 75 after a signal, with 76 where the loss is not finite.
+        Raises Stop: with status 75 after a signal, on all ranks; with 76 on the rank that sees a loss that is not finite.
         """
         period, before_last = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.max_iter - 2
         with EventStorage(self.start_iter) as self.storage:
@@ -311,12 +311,8 @@ class Trainer(DefaultTrainer):
             self.before_train()
             with Preemption() as signals:
                 while self.iter < self.max_iter - 1:
-                    broken = self._iteration()
-                    if broken is not None:  # the main rank alone knows; all shall end
-                        signals.request()
+                    self._iteration()
                     stop = signals.requested()
-                    if stop:
-                        distributed.together(lambda broken=broken: _raise(broken))  # type: ignore[misc]
                     if stop or (self.iter + 1) % period == 0 or self.iter == before_last:
                         self._save(f"model_{self.iter:07d}")
                     if stop:
@@ -330,34 +326,29 @@ class Trainer(DefaultTrainer):
             # The last iteration, batch norm's statistics and the evaluation are done again where a signal ends them.
             preemption.stop_at_signals()
             if self.iter < self.max_iter:
-                broken = self._iteration()
-                distributed.together(lambda: _raise(broken))
+                self._iteration()
                 self._save("model_final")
                 self.iter += 1
             self.after_train()
         return self._last_eval_results
 
-    def _iteration(self) -> Stop | None:
+    def _iteration(self) -> None:
         self.before_step()
         try:
             self.run_step()
-        except FloatingPointError as error:
+        except (
+            FloatingPointError
+        ) as error:  # from the rank that sees it, some in the forward pass: the others cannot be asked
             stop = Stop(
                 f"the loss is not finite at iteration {self.iter} ({str(error).splitlines()[0]}): lower SOLVER.BASE_LR"
             )
             stop.status = Status.NON_FINITE
-            return stop
+            raise stop from None
         self.after_step()
-        return None
 
     def _save(self, name: str) -> None:
         save = functools.partial(self.checkpointer.save, name, iteration=self.iter)
         distributed.together(lambda: save() if comm.is_main_process() else None)
-
-
-def _raise(stop: Stop | None) -> None:
-    if stop is not None:
-        raise stop
 
 
 def _stopped(where: str) -> Stop:
