@@ -342,7 +342,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], bytes], str]] = {
     ),
     "objects": (
         lambda m: changed(m, "stem.conv1.norm.bias", lambda value: value.astype(object)),
-        "stem.conv1.norm.bias is no array of numbers",
+        "array of O8, not of numbers",
     ),
     "ragged list": (lambda m: pickled({**m, "stem.conv1.norm.bias": [[1.0], [1.0, 2.0]]}), "stem.conv1.norm.bias"),
     "numbers for names": (lambda m: pickled({**m, 5: np.zeros(3, np.float32)}), r"\b5 is "),
