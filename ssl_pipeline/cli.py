@@ -188,6 +188,8 @@ def _into(args: argparse.Namespace, run: RunFolder | None) -> RunFolder | None:
 
 
 def _nowhere(args: argparse.Namespace) -> BadInput:
+    if not args.source.exists() and not str(args.source).startswith(("timm:", "torchvision:")):
+        return BadInput(f"{str(args.source)!r} is neither a run folder nor a file of weights")
     return BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
 
 

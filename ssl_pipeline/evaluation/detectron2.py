@@ -80,7 +80,7 @@ def configured(preset: Path, overrides: Sequence[str], settings: Mapping[str, An
     pairs = [(key, value) for key, value in settings.items()]
     for text in overrides:
         key, _, value = text.partition("=")
-        if key in ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR"):
+        if key in ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", *settings):
             raise BadInput(f"{key} follows from the source, the machine and --output: leave it out")
         if key not in known:
             near = difflib.get_close_matches(key, known, 3, cutoff=0.4)

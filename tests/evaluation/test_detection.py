@@ -41,6 +41,9 @@ def test_bad_words_are_answered_before_anything_is_looked_for(
     assert cli.main(["train-detectron2", str(tmp_path / "none.pth"), "recipe.epochs=3"], signals=False) == 2
     assert "'recipe.epochs=3' is no option of Detectron2: give KEY.SUB=value" in capsys.readouterr().err
     assert cli.main(["train-detectron2", str(tmp_path / "none.pth")], signals=False) == 2
+    assert "is neither a run folder nor a file of weights" in capsys.readouterr().err
+    (tmp_path / "some.pth").write_bytes(b"")
+    assert cli.main(["train-detectron2", str(tmp_path / "some.pth")], signals=False) == 2
     assert "is no run: give --output FOLDER" in capsys.readouterr().err
 
 

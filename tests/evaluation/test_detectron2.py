@@ -269,6 +269,8 @@ def test_the_order_of_pictures_goes_on_where_it_stopped() -> None:
         (["DATASETS.TEST=('cats',)"], "no data set 'cats'"),
         (["DATASETS.TEST=('coco_2017_val','coco_2017_train')"], "a result is of one data set"),
         (["DATASETS.TEST=('lvis_v1_val',)"], "no data set 'lvis_v1_val' that it can evaluate"),
+        (["MODEL.RESNETS.DEPTH=101"], "MODEL.RESNETS.DEPTH follows from the source"),
+        (["INPUT.FORMAT=BGR"], "INPUT.FORMAT follows from the source"),
         (["MODEL.WEIGHTS=x.pkl"], "MODEL.WEIGHTS follows from the source"),
         (["TEST.AUG.ENABLED=True"], "TEST.AUG and TEST.EXPECTED_RESULTS are not done here"),
         (["SEED=-1"], "SEED = -1 would be another one after each stop"),
