@@ -262,7 +262,7 @@ def _record(
     if not into.config.is_file():
         into.describe({"method": {"name": str(args.source)}, **described})
     changed = [text.removeprefix("recipe.") for text in args.overrides if text.partition("=")[0] not in unchanging]
-    result = {**result, **measured, "ranks": distributed.world_size(), "changed": changed}
+    result = {"ranks": distributed.world_size(), **result, **measured, "changed": changed}  # of a finished one, its own
     before = into.read_results().get(name)
     print(f"written to {into.write_result(name, result)}")
     if before not in (None, result):

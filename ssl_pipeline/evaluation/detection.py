@@ -7,6 +7,7 @@ there. What needs Detectron2 itself is in detectron2.py, so that this file can s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from ssl_pipeline import cluster, config, distributed, export
 from ssl_pipeline.evaluation import supervised
 from ssl_pipeline.exits import BadInput, Status, Stop
 from ssl_pipeline.run_folder import RunFolder, write_json
+
+log = logging.getLogger("ssl_pipeline")
 
 PAPER = "coco_mask_rcnn_c4_1x"
 """The preset of Table 3."""
@@ -140,9 +143,11 @@ def run(source: export.Source, preset: str, overrides: Sequence[str], parent: Pa
         results = distributed.gather_json(
             json.loads(finished.read_text()) if world.is_main and finished.is_file() else None
         )
-        if results[0] is None:
+        if results[0] is not None:
+            log.info("%s is finished: its result is read, nothing is trained", run.path)
+        else:
             cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(run.path / "detectron2"), str(weights)
-            results = [_train(run, cfg, weights, world)]
+            results = [{**_train(run, cfg, weights, world), "ranks": world.size}]
             distributed.together(lambda: _finish(run, finished, results[0]) if world.is_main else None)
     finally:
         run.close()
