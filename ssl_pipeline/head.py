@@ -36,16 +36,18 @@ class Options(config.Options):
 
     @model_validator(mode="after")
     def _something_to_be_sparse(self) -> Options:
-        if self.kind == "identity" and self.sparse.weight > 0:
-            raise ValueError(
-                f"head.sparse.weight = {self.sparse.weight} needs a linear layer, and head.kind = identity has none: "
-                "take head.kind=linear or mlp, or head.sparse.weight=0"
-            )
+        for key in ("weight", "inner_steps"):
+            value = getattr(self.sparse, key)
+            if self.kind == "identity" and value > 0:
+                raise ValueError(
+                    f"head.sparse.{key} = {value} needs a linear layer, and head.kind = identity has none: "
+                    f"take head.kind=linear or mlp, or head.sparse.{key}=0"
+                )
         return self
 
 
 class ProjectionHead(nn.Module):
-    """Maps (N, D) to (N, K); K is its attribute `outputs`. SparseHead acts on its `last_layer`."""
+    """Maps (N, D) to (N, K); K is its attribute `outputs`. SparseHead, `sparse`, acts on its `sparse_layers`."""
 
     def __init__(self, options: Options, inputs: int) -> None:
         super().__init__()
@@ -68,6 +70,7 @@ class ProjectionHead(nn.Module):
                     norm.bias.requires_grad_(False)
                 layers.append(norm)
         self.layers = nn.Sequential(*layers)
+        self.sparse = sparse_head.SparseHead(options.sparse)
         if options.init_std is not None:
             for layer in layers:
                 if isinstance(layer, nn.Linear):
@@ -76,8 +79,17 @@ class ProjectionHead(nn.Module):
     @property
     def last_layer(self) -> nn.Linear | None:
         """The last linear layer, or None for an identity."""
-        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        linear = self._linear_layers()
         return linear[-1] if linear else None
+
+    @property
+    def sparse_layers(self) -> list[nn.Linear]:
+        """The linear layers that `sparse.where` names; none for an identity."""
+        linear = self._linear_layers()
+        return linear if self.options.sparse.where == "all" else linear[-1:]
+
+    def _linear_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)

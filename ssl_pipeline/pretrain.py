@@ -38,6 +38,7 @@ from ssl_pipeline.optim import Options as OptimOptions
 from ssl_pipeline.preemption import Preemption
 from ssl_pipeline.preflight import preflight
 from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.sparse_head import Options as SparseOptions
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -70,6 +71,10 @@ class PretrainConfig(config.Options):
         method = methods.get(name)
         method.views(self.method).check(name, sizes)
         method.check(self.method, self.head, self.data.batch_size)
+        if self.head.sparse.inner_steps and self.precision == "fp16":
+            raise BadInput(
+                "head.sparse.inner_steps are not scaled as fp16's gradients must be: take precision=bf16 or fp32"
+            )
         return self
 
 
@@ -95,7 +100,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
 
     def open_run() -> None:
         if world.is_main:
-            run.open_for_writing(options.model_dump(mode="json"))
+            run.open_for_writing(options.model_dump(mode="json"), _completed)
             cluster.require_progress(run.events())
 
     try:
@@ -241,7 +246,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 progress = Progress(step, steps, data.epoch, options.epochs)
                 factor = optim.rate_factor(options.optim, step, len(data), options.epochs)
                 rates = optim.set_rates(optimizer, factor)
-                statistics = _copy_of_buffers(method)
+                before = [x.clone() for x in method.changed_by_forward()]
                 method.before_forward(progress)
 
                 with torch.autocast(device.type, dtype=half, enabled=half is not None):
@@ -256,8 +261,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
                 optimizer.step()  # not the scaler's step, which would decide anew what is finite
                 scaler.update()
+                _put_back_unless(finite, method.changed_by_forward(), before)
                 method.after_update(progress, rates, finite)
-                _put_back_unless(finite, method, statistics)
                 optimizer.zero_grad()
                 seen = online.step(output.features, batch.labels, finite)
                 watch.add(output.logs | {"gradient_norm": norm} | seen, finite)
@@ -286,6 +291,14 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     return _ended(run, world, Status.DONE, step)
 
 
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that an older version began, with what it did not have at its default, which changes nothing."""
+    try:
+        return config.validate(PretrainConfig, old).model_dump(mode="json")
+    except BadInput:
+        return old
+
+
 def _ended(run: RunFolder, world: distributed.World, status: Status, step: int) -> Status:
     if world.is_main:
         run.record("end", status=int(status), step=step)
@@ -293,14 +306,11 @@ def _ended(run: RunFolder, world: distributed.World, status: Status, step: int) 
 
 
 # ----------------------------------------------------------------------------------------------------- parts of the loop
-def _copy_of_buffers(method: nn.Module) -> list[Tensor]:
-    """Copies of batch norm's running statistics, which a forward pass changes before anyone knows whether it was good."""
-    return [buffer.clone() for buffer in method.buffers()]
-
-
-def _put_back_unless(finite: Tensor, method: nn.Module, copies: list[Tensor]) -> None:
-    for buffer, copy in zip(method.buffers(), copies, strict=True):
-        buffer.copy_(torch.where(finite, buffer, copy))
+@torch.no_grad()
+def _put_back_unless(finite: Tensor, changed: list[Tensor], copies: list[Tensor]) -> None:
+    """Undo what a forward pass changed before anyone knew whether it was good."""
+    for x, copy in zip(changed, copies, strict=True):
+        x.copy_(torch.where(finite, x, copy))
 
 
 def _require_room(method: Method, options: PretrainConfig, run: RunFolder) -> None:
@@ -370,14 +380,23 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "head": f"{options.head.kind} {backbone.width(method.backbone)} -> {method.head.outputs}",
         "last layer": "none" if last is None else f"{last.in_features} -> {last.out_features}",
-        "SparseHead": f"{options.head.sparse.weight} x L2,1 of {options.head.sparse.groups}"
-        if options.head.sparse.weight
-        else "off",
+        "SparseHead": _described(options.head.sparse),
         "views": "; ".join(
             f"{v.count} of {v.size} px: {', '.join(op.op for op in v.ops)}"  # type: ignore[attr-defined]
             for v in options.data.views
         ),
     }
+
+
+def _described(options: SparseOptions) -> str:
+    norm = {"penalty": "L2,1", "scale_invariant": "L2,1 / Frobenius", "proximal": "L2,1 by its proximal step"}[
+        options.mode
+    ]
+    parts = [f"{options.weight} x {norm} of {options.groups}" if options.weight else "off"]
+    parts += ["every linear layer of the head"] if options.weight and options.where == "all" else []
+    parts += [f"{options.schedule} weight"] if options.weight and options.schedule != "constant" else []
+    parts += [f"{options.inner_steps} inner steps of rate {options.inner_lr}"] if options.inner_steps else []
+    return ", ".join(parts)
 
 
 def cost(options: PretrainConfig, pictures: int | None = None) -> dict[str, int]:

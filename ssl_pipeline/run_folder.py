@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -53,8 +53,12 @@ class RunFolder:
         self.results = path / "results"
         self._lock: IO[str] | None = None
 
-    def open_for_writing(self, values: Mapping[str, Any]) -> None:
+    def open_for_writing(
+        self, values: Mapping[str, Any], complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict
+    ) -> None:
         """Make the folder, take its lock, and write `values` as its config.
+
+        `complete` adds to the config of a run that an older version began the options which that did not have.
 
         Raises BadInput where another process writes here or the folder belongs to another config, StorageFailure where
         it cannot be made.
@@ -86,7 +90,7 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
         self._lock.flush()
         if self.config.is_file() and self.begun():
-            self._require_same(values)
+            self._require_same(values, complete(self.read_config()))
         elif any(self.checkpoints.glob("*.pt")):
             raise BadInput(f"{str(self.path)!r} holds checkpoints but no config.yaml: name another --output")
         self.describe(values)
@@ -106,9 +110,8 @@ class RunFolder:
         events = any(event["event"] in ("submitted", "start") for event in self.events())
         return events or self.metrics.exists() or any(self.checkpoints.glob("*.pt"))
 
-    def _require_same(self, values: Mapping[str, Any]) -> None:
-        old = config.flatten(self.read_config())
-        new = config.flatten(values)
+    def _require_same(self, values: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+        old, new = config.flatten(there), config.flatten(values)
         changed = [
             f"  {key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())

@@ -26,6 +26,12 @@ from ssl_pipeline.run_folder import read_lines, saved_steps
 
 METHODS = ["simclr", "byol", "barlow_twins", "simsiam", "vicreg", "w_mse", "ssl_hsic", "swav"]
 
+SPARSE = {
+    "proximal": ["head.sparse.mode=proximal", "head.sparse.weight=0.01"],
+    "adaptive": ["head.sparse.schedule=adaptive", "head.sparse.mode=scale_invariant", "head.sparse.where=all"],
+    "bilevel": ["head.sparse.inner_steps=2", "head.sparse.schedule=cosine", "head.kind=mlp", "head.hidden=32"],
+}
+
 
 def options(root: Path, *overrides: str, method: str = "simclr") -> PretrainConfig:
     other = {
@@ -95,9 +101,12 @@ def test_a_finished_run_says_so_and_does_nothing(
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
-@pytest.mark.parametrize("method", METHODS)
-def test_stopped_in_mid_epoch_and_resumed_is_not_stopped(few_digits: Path, tmp_path: Path, method: str) -> None:
-    overrides = ["max_steps=16", "monitor.every_steps=2", "optim.name=adam", "optim.learning_rate=1e-3"]
+@pytest.mark.parametrize(("method", "sparse"), [*((m, []) for m in METHODS), *(("simclr", s) for s in SPARSE.values()),
+                                                ("swav", SPARSE["bilevel"])])  # fmt: skip
+def test_stopped_in_mid_epoch_and_resumed_is_not_stopped(
+    few_digits: Path, tmp_path: Path, method: str, sparse: list[str]
+) -> None:
+    overrides = ["max_steps=16", "monitor.every_steps=2", "optim.name=adam", "optim.learning_rate=1e-3", *sparse]
     assert pretrain.pretrain(options(few_digits, *overrides, method=method), tmp_path / "whole") == Status.DONE
     for end in ("max_steps=3", "max_steps=14", "max_steps=16"):
         parts = options(few_digits, *overrides, end, method=method)
@@ -291,13 +300,18 @@ def waits_of_twenty_steps(run_options: PretrainConfig, output: Path, monkeypatch
 
 
 # fp16 is slow on a CPU, and what it adds is the loop's: one method shows it.
-@pytest.mark.parametrize(("method", "precision"), [*((method, "bf16") for method in METHODS), ("simclr", "fp16")])
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        *((method, ["precision=bf16"]) for method in METHODS),
+        *(("byol", ["precision=bf16", *sparse]) for sparse in SPARSE.values()),
+        ("simclr", ["precision=fp16"]),
+    ],
+)
 def test_no_step_waits_for_the_device(
-    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, precision: str
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, overrides: list[str]
 ) -> None:
-    chosen = options(
-        few_digits, f"precision={precision}", "epochs=3", "max_steps=21", "monitor.every_steps=1000", method=method
-    )
+    chosen = options(few_digits, *overrides, "epochs=3", "max_steps=21", "monitor.every_steps=1000", method=method)
     assert waits_of_twenty_steps(chosen, tmp_path, monkeypatch) == []
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 21
 
@@ -314,9 +328,9 @@ def test_a_wait_would_be_seen(few_digits: Path, tmp_path: Path, monkeypatch: pyt
 
 
 # ------------------------------------------------------------------------------------------------------- bad numbers
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "sparse"), [*((m, []) for m in METHODS), *(("byol", s) for s in SPARSE.values())])
 def test_a_step_with_nan_pictures_leaves_every_bit_as_it_was(
-    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, sparse: list[str]
 ) -> None:
     take = Loader._take
     states: list[dict[str, torch.Tensor]] = []
@@ -333,18 +347,18 @@ def test_a_step_with_nan_pictures_leaves_every_bit_as_it_was(
 
     def watched(run_options: PretrainConfig) -> Any:
         made = build(run_options)
-        put_back = pretrain._put_back_unless
+        after_update = made.after_update
 
-        def spy(finite: torch.Tensor, module: Any, copies: Any) -> None:
-            put_back(finite, module, copies)
-            states.append({n: v.clone() for n, v in module.state_dict().items()})
+        def spy(*args: Any) -> None:
+            after_update(*args)
+            states.append({n: v.clone() for n, v in made.state_dict().items()})
 
-        monkeypatch.setattr(pretrain, "_put_back_unless", spy)
+        made.after_update = spy
         return made
 
     monkeypatch.setattr(Loader, "_take", poisoned)
     monkeypatch.setattr(pretrain, "build_method", watched)
-    pretrain.pretrain(options(few_digits, "max_steps=5", "optim.name=adam", method=method), tmp_path)
+    pretrain.pretrain(options(few_digits, "max_steps=5", "optim.name=adam", *sparse, method=method), tmp_path)
     assert all(torch.equal(states[1][name], value) for name, value in states[2].items())
     assert any(not torch.equal(states[2][name], value) for name, value in states[3].items())
     assert [row["skipped"] for row in series(tmp_path)] == [0, 0, 1, 0, 0]
@@ -380,6 +394,17 @@ def test_bad_input_is_refused_before_anything_happens(few_digits: Path, tmp_path
             options(few_digits, *overrides)
     with pytest.raises(BadInput, match="70 ranks are more than data.batch_size = 16"):
         pretrain.require_possible(options(few_digits), 70, 1437)
+
+
+def test_a_run_of_an_older_version_goes_on(few_digits: Path, tmp_path: Path) -> None:
+    assert pretrain.pretrain(options(few_digits, "max_steps=2"), tmp_path) == Status.DONE
+    written = (tmp_path / "config.yaml").read_text()
+    assert "nesterov: false" in written
+    (tmp_path / "config.yaml").write_text(written.replace("  nesterov: false\n", ""))  # it had no such option
+    with pytest.raises(BadInput, match="optim.nesterov: False there, True now"):
+        pretrain.pretrain(options(few_digits, "max_steps=4", "optim.nesterov=true"), tmp_path)
+    assert pretrain.pretrain(options(few_digits, "max_steps=4"), tmp_path) == Status.DONE
+    assert (tmp_path / "config.yaml").read_text() == written.replace("max_steps: 2", "max_steps: 4")
 
 
 def test_a_checkpoint_of_another_method_or_shape_is_refused(few_digits: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline import config, sparse_head
+from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.head import Options as HeadOptions
 from ssl_pipeline.head import ProjectionHead
@@ -39,8 +39,8 @@ class Objective:
     """What a method computes; the base class makes an `Output` of it."""
 
     loss: Tensor
-    features: Tensor
     embeddings: Tensor
+    """z of the first view, (N, K)."""
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -73,6 +73,11 @@ class Progress:
     epoch: int
     epochs: int
 
+    @property
+    def done(self) -> float:
+        """Share of the run's steps that are done."""
+        return self.step / self.steps
+
 
 class Method(nn.Module):
     """Backbone, projection head and objective; subclasses implement `objective`.
@@ -95,6 +100,11 @@ class Method(nn.Module):
         self.options = options
         self.backbone = backbone
         self.head = head
+        # What the inner steps train the optimizer and DistributedDataParallel must not see.
+        self._inner: list[nn.Parameter] = []
+        if head.options.sparse.inner_steps:
+            self._inner = [p for p in head.parameters() if p.requires_grad]
+            head.requires_grad_(False)
 
     @staticmethod
     def views(options: Any) -> ViewNeeds:
@@ -105,26 +115,71 @@ class Method(nn.Module):
     def check(options: Any, head: HeadOptions, batch_size: int) -> None:
         """Raises BadInput where the method cannot work with a head or a global batch; called when a config is read."""
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        """The method's loss of V views (N, 3, S, S)."""
+    def represent(self, views: list[Tensor]) -> list[Tensor]:
+        """Representations r of V views (N, 3, S, S), (N, D) each. Each view is forwarded by itself unless overridden."""
+        return [self.backbone(view) for view in views]
+
+    def targets(self, views: list[Tensor]) -> list[Tensor]:
+        """What the objective compares with and neither backbone nor head makes; without gradient, once a step."""
+        return []
+
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
+        """The method's loss of representations (N, D), and of what `targets` gave."""
         raise NotImplementedError
 
     def forward(self, views: list[Tensor]) -> Output:
         """The objective and, in the weight's own precision, SparseHead's penalty on the online head."""
-        result = self.objective(views)
+        features, targets = self.represent(views), self.targets(views)
+        if self._inner:
+            self._inner_steps([feature.detach() for feature in features], targets)
+        result = self.objective(features, targets)
         loss, logs = result.loss, {"loss": result.loss.detach(), **result.logs}
         with torch.no_grad(), full_precision(views[0]):
             normalized = nn.functional.normalize(upcast(result.embeddings), dim=1)
             # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
             logs["embedding_std"] = normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
-        if self.head.last_layer is not None and self.head.options.sparse.weight > 0:
+        if self.head.sparse_layers:
             with full_precision(views[0]):
-                value, sparse_logs = sparse_head.penalty(self.head.last_layer, self.head.options.sparse)
-            loss = loss + value
-            logs |= sparse_logs
+                logs |= self.head.sparse.logs(self.head.sparse_layers, self.progress.done, loss)
+                if not self._inner:
+                    loss = self._penalized(loss)
         if self.gradient_scale != 1:
             loss = self.gradient_scale * loss + (1 - self.gradient_scale) * loss.detach()
-        return Output(loss, logs, result.features.detach(), result.embeddings.detach())
+        return Output(loss, logs, features[0].detach(), result.embeddings.detach())
+
+    def _penalized(self, loss: Tensor) -> Tensor:
+        sparse = self.head.sparse
+        return loss + sparse.penalty(self.head.sparse_layers, self.progress.done) if sparse.in_the_loss else loss
+
+    def _inner_steps(self, features: list[Tensor], targets: list[Tensor]) -> None:
+        """Equation 13: train the head alone on fixed features, on loss + penalty, by SGD without momentum or decay.
+
+        The head normalises by the statistics of the batch; its running ones, and all other buffers, stay as they are.
+        """
+        options = self.head.options.sparse
+        # The backbone's have no part in it, and backward still needs them as they are.
+        buffers = [b for name, b in self.named_buffers() if not name.startswith("backbone.")]
+        for _ in range(options.inner_steps):
+            copies = [buffer.clone() for buffer in buffers]
+            with torch.enable_grad():
+                for p in self._inner:
+                    p.requires_grad_()
+                loss = self.objective(features, targets).loss
+                with full_precision(features[0]):
+                    gradients = torch.autograd.grad(self._penalized(loss), self._inner)
+            with torch.no_grad(), full_precision(features[0]):
+                mean = distributed.mean_over_ranks(nn.utils.parameters_to_vector(gradients))
+                for p, gradient in zip(self._inner, mean.split([p.numel() for p in self._inner]), strict=True):
+                    p.requires_grad_(False)
+                    p.sub_(gradient.view_as(p), alpha=options.inner_lr)
+                self.head.sparse.threshold(self.head.sparse_layers, self.progress.done, options.inner_lr)
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    buffer.copy_(copy)
+            torch.clear_autocast_cache()  # of the weights as they were before this step
+
+    def changed_by_forward(self) -> list[Tensor]:
+        """What a forward pass changes before anyone knows whether it was finite: batch statistics, say."""
+        return [*self.buffers(), *self._inner]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimizer: {params, name, decay, adapt, lr}.
@@ -152,7 +207,14 @@ class Method(nn.Module):
         """Called after backward and before the optimizer."""
 
     def after_update(self, progress: Progress, learning_rates: dict[str, float], finite: Tensor) -> None:
-        """Called after the optimizer. `finite`, a boolean on the device, tells whether the update took place."""
+        """Called after the optimizer. `finite`, a boolean on the device, tells whether the update took place.
+
+        Whoever overrides it calls this one first, which is SparseHead's.
+        """
+        sparse, layers = self.head.sparse, self.head.sparse_layers
+        if not self._inner and not sparse.in_the_loss and sparse.options.weight > 0:
+            sparse.threshold(layers, progress.done, learning_rates["matrices"] * finite.float())
+        sparse.adapt(layers, finite)
 
     def evaluated_backbone(self) -> nn.Module:
         """What backbone.pth holds."""

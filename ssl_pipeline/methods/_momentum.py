@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -30,17 +30,6 @@ class MomentumOptions(config.Options):
     """tau_base, the target's momentum at the start; it rises to 1 along a cosine."""
     momentum_per: Literal["step", "epoch"] = "step"
     """Whether the momentum rises every step (DeepMind) or every epoch (htdt/self-supervised)."""
-
-
-class Outputs(NamedTuple):
-    """What the networks make of each view: lists of V tensors; features (N, D), all others (N, K)."""
-
-    features: list[Tensor]
-    embeddings: list[Tensor]
-    predictions: list[Tensor]
-    """Not in half precision."""
-    targets: list[Tensor]
-    """The target's embeddings, without gradient, not in half precision."""
 
 
 def target_momentum(base: float, done: int, whole: int) -> float:
@@ -78,16 +67,18 @@ class MomentumMethod(methods.Method):
         self.target = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "head": copy.deepcopy(head_module)})
         self.target.requires_grad_(False)
 
-    def outputs(self, views: list[Tensor]) -> Outputs:
-        """Both networks on each view by itself."""
-        features = [self.backbone(view) for view in views]
+    @torch.no_grad()
+    def targets(self, views: list[Tensor]) -> list[Tensor]:
+        """The target's embeddings (N, K) of each view by itself, not in half precision."""
+        return [upcast(self.target["head"](self.target["backbone"](view))) for view in views]
+
+    def predict(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Embeddings, and predictions that are not in half precision, (N, K) a view."""
         embeddings = [self.head(feature) for feature in features]
-        predictions = [upcast(self.predictor(z)) for z in embeddings]
-        with torch.no_grad():
-            targets = [upcast(self.target["head"](self.target["backbone"](view))) for view in views]
-        return Outputs(features, embeddings, predictions, targets)
+        return embeddings, [upcast(self.predictor(z)) for z in embeddings]
 
     def after_update(self, progress: Progress, learning_rates: dict[str, float], finite: Tensor) -> None:
+        super().after_update(progress, learning_rates, finite)
         per_step = self.options.momentum_per == "step"
         done, whole = (progress.step, progress.steps) if per_step else (progress.epoch, progress.epochs)
         momentum = target_momentum(self.options.momentum, done, whole)

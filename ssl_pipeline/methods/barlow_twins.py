@@ -52,9 +52,8 @@ class Method(methods.Method):
         super().__init__(options, backbone, head)
         self.gradient_scale = 1 / options.gradient_divisor
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        features = [self.backbone(view) for view in views]
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
         z1, z2 = (upcast(self.head(feature)) for feature in features)
-        with full_precision(views[0]):
+        with full_precision(z1):
             loss = barlow_twins_loss(z1, z2, self.options.off_diagonal_weight)
-        return Objective(loss, features[0], z1)
+        return Objective(loss, z1)

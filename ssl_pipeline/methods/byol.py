@@ -28,8 +28,8 @@ def byol_loss(prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2
 class Method(MomentumMethod):
     """Online network with a predictor against a target network that follows it by moving average."""
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        made = self.outputs(views)
-        with full_precision(views[0]):
-            loss = byol_loss(*made.predictions, *made.targets)
-        return Objective(loss, made.features[0], made.embeddings[0])
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
+        embeddings, predictions = self.predict(features)
+        with full_precision(features[0]):
+            loss = byol_loss(*predictions, *targets)
+        return Objective(loss, embeddings[0])

@@ -43,12 +43,13 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 class Method(methods.Method):
     """Two views, one head, NT-Xent."""
 
-    def objective(self, views: list[Tensor]) -> Objective:
+    def represent(self, views: list[Tensor]) -> list[Tensor]:
         if self.options.views_together:
-            features = self.backbone(torch.cat(views))
-        else:
-            features = torch.cat([self.backbone(view) for view in views])
-        z1, z2 = self.head(features).chunk(2)
+            return list(self.backbone(torch.cat(views)).chunk(2))
+        return super().represent(views)
+
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
+        z1, z2 = self.head(torch.cat(features)).chunk(2)
         with full_precision(z1):
             loss = nt_xent_loss(upcast(z1), upcast(z2), self.options.temperature)
-        return Objective(loss, features[: len(z1)], z1)
+        return Objective(loss, z1)

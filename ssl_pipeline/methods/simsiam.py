@@ -55,15 +55,14 @@ class Method(methods.Method):
         shape = head.Options(kind="mlp", hidden=options.predictor_hidden, output=head_module.outputs, hidden_bias=False)
         self.predictor = ProjectionHead(shape, head_module.outputs)
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        features = [self.backbone(view) for view in views]
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
         embeddings = [self.head(feature) for feature in features]
         predictions = [upcast(self.predictor(z)) for z in embeddings]
         projections = [upcast(z) for z in embeddings]
-        with full_precision(views[0]):
+        with full_precision(features[0]):
             loss = simsiam_loss(*predictions, *projections)
             logs = {"embedding_rank": effective_rank(projections[0].detach())}
-        return Objective(loss, features[0], projections[0], logs)
+        return Objective(loss, projections[0], logs)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.options.predictor_rate == "scheduled":

@@ -164,11 +164,11 @@ class Method(MomentumMethod):
         # Steps that were not skipped: Adam's and the average's count.
         self.register_buffer("updates", torch.zeros(()))
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        made = self.outputs(views)
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
+        embeddings, predictions = self.predict(features)
         generator = self.generator()
-        with full_precision(views[0]):
-            hidden = gather_sets(made.predictions, made.targets)
+        with full_precision(features[0]):
+            hidden = gather_sets(predictions, targets)
             sets, batch, dimension = hidden.shape
             one, two = (
                 Frequencies(*(to_device(x, hidden) for x in draw_frequencies(count, dimension, generator)))
@@ -179,7 +179,7 @@ class Method(MomentumMethod):
             places = torch.randint(batch, (2, sets, each), generator=generator)
             slope = self._measure_slope(hidden.detach(), to_device(places, hidden))
         logs |= {"kernel_scale": self.kernel_scale.clone(), "kernel_log_slope": slope}
-        return Objective(loss, made.features[0], made.embeddings[0], logs)
+        return Objective(loss, embeddings[0], logs)
 
     @torch.no_grad()
     def _measure_slope(self, hidden: Tensor, places: Tensor) -> Tensor:

@@ -113,18 +113,20 @@ class Method(methods.Method):
                 f"{below or 'no queue, 0,'} or {above}"
             )
 
-    def objective(self, views: list[Tensor]) -> Objective:
+    def represent(self, views: list[Tensor]) -> list[Tensor]:
         groups = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape[1:])]
-        features = torch.cat([self.backbone(torch.cat(group)) for group in groups])
-        z = self.head(features)
-        rows = len(views[0])
+        return [part for group in groups for part in self.backbone(torch.cat(group)).chunk(len(group))]
+
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
+        z = self.head(torch.cat(features))
+        rows = len(features[0])
         with full_precision(z):
             embeddings = F.normalize(upcast(z), dim=1)
-            scores = self.prototypes(embeddings).unflatten(0, (len(views), rows))
+            scores = self.prototypes(embeddings).unflatten(0, (len(features), rows))
             assignments = self._assign(embeddings[: ASSIGNING * rows].detach(), scores[:ASSIGNING].detach())
             loss = swav_loss(scores, assignments, self.options.temperature)
         ratio = loss.detach() / math.log(self.options.prototypes)
-        return Objective(loss, features[:rows], z[:rows], {"loss_over_ln_k": ratio})
+        return Objective(loss, z[:rows], {"loss_over_ln_k": ratio})
 
     @torch.no_grad()
     def _assign(self, embeddings: Tensor, scores: Tensor) -> Tensor:
@@ -149,6 +151,7 @@ class Method(methods.Method):
             self.prototypes.weight.grad = None  # not zeros: momentum and weight decay rest too
 
     def after_update(self, progress: Progress, learning_rates: dict[str, float], finite: Tensor) -> None:
+        super().after_update(progress, learning_rates, finite)
         if not self._resting(progress):
             self._normalise_prototypes(finite)
 

@@ -64,10 +64,9 @@ class Method(methods.Method):
     `covariance` stays high.
     """
 
-    def objective(self, views: list[Tensor]) -> Objective:
-        features = [self.backbone(view) for view in views]
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
         z1, z2 = (upcast(self.head(feature)) for feature in features)
         weights = (self.options.invariance_weight, self.options.variance_weight, self.options.covariance_weight)
-        with full_precision(views[0]):
+        with full_precision(z1):
             loss, terms = vicreg_loss(z1, z2, *weights)
-        return Objective(loss, features[0], z1, terms)
+        return Objective(loss, z1, terms)

@@ -94,16 +94,15 @@ class Method(methods.Method):
         if head.kind != "identity":  # else the backbone's width, known when it is built
             _require_samples(options.w_size, head.output)
 
-    def objective(self, views: list[Tensor]) -> Objective:
+    def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
         # As in the reference, batch norm sees one view at a time in the backbone and all of them in the head.
-        features = [self.backbone(view) for view in views]
-        z = upcast(self.head(torch.cat(features))).unflatten(0, (len(views), -1))
+        z = upcast(self.head(torch.cat(features))).unflatten(0, (len(features), -1))
         batch = z.shape[1] * distributed.world_size()
         generator = self.generator()
         orders = torch.stack([torch.randperm(batch, generator=generator) for _ in range(self.options.w_iter)])
         with full_precision(z):
             loss, failed = w_mse_loss(z, to_device(orders, z), self.options)
-        return Objective(loss, features[0], z[0], {"cholesky_failed": failed})
+        return Objective(loss, z[0], {"cholesky_failed": failed})
 
 
 def _require_samples(w_size: int, dimension: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_pipeline import config, methods, optim
+from ssl_pipeline import config, methods, optim, sparse_head
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.methods import Method, Progress
 from ssl_pipeline.pretrain import PretrainConfig, build_method
@@ -66,6 +66,87 @@ def test_bf16_is_near_fp32(name: str, overrides: list[str]) -> None:
             half = method(views).loss
     assert half.dtype == torch.float32
     assert (half - full).abs() <= 0.01 * (full.abs() + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ SparseHead
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_a_proximal_step_thresholds_the_head_after_the_update_unless_it_was_skipped(
+    name: str, overrides: list[str]
+) -> None:
+    _, method, views = make(name, [*overrides, "head.sparse.mode=proximal", "head.sparse.weight=1e-3"])
+    loss = method(views)
+    assert loss.loss == loss.logs["loss"]  # no penalty in it
+    before = method.head.last_layer.weight.detach().clone()
+    others = {
+        n: p.detach().clone() for n, p in method.named_parameters() if n.split(".")[0] not in ("target", "average")
+    }
+    progress = Progress(30, 100, 3, 10)
+    method.after_update(progress, {"matrices": 2.0}, torch.tensor(False))
+    assert torch.equal(method.head.last_layer.weight, before)
+    method.after_update(progress, {"matrices": 2.0}, torch.tensor(True))
+    norms = before.norm(dim=0)
+    torch.testing.assert_close(method.head.last_layer.weight, before * (1 - 2e-3 / norms).clamp(min=0))
+    changed = {n for n, p in others.items() if not torch.equal(p, method.get_parameter(n))} - {"prototypes.weight"}
+    assert [n for n in changed if method.get_parameter(n) is not method.head.last_layer.weight] == []
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_inner_steps_train_the_head_alone_and_the_outer_one_all_else(name: str, overrides: list[str]) -> None:
+    sparse = ["head.sparse.weight=0.01", "head.sparse.inner_lr=0.5"]
+    _, plain, views = make(name, [*overrides, *sparse])
+    _, method, _ = make(name, [*overrides, *sparse, "head.sparse.inner_steps=2"])
+    assert all(torch.equal(p, method.get_parameter(n)) for n, p in plain.named_parameters())
+    held = {n for n, p in plain.named_parameters() if n.startswith("head.") and p.requires_grad}
+    trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
+    assert not any(id(p) in trained for p in method.head.parameters())
+
+    views = [view.double() for view in views]
+    first = plain.double().head.last_layer.weight.detach().clone()
+    output = method.double()(views)
+    output.loss.backward()
+    assert all(p.grad is None for p in method.head.parameters())
+
+    # By hand: two steps of SGD on loss + penalty of the head, at the features and statistics of the start.
+    start = {n: b.clone() for n, b in plain.named_buffers()}
+    for _ in range(2):
+        for p in plain.parameters():
+            p.grad = None
+        plain(views).loss.backward()
+        with torch.no_grad():
+            for n in held:
+                plain.get_parameter(n).sub_(0.5 * plain.get_parameter(n).grad)
+            for n, b in plain.named_buffers():
+                b.copy_(start[n])
+    for n in held:
+        torch.testing.assert_close(method.get_parameter(n), plain.get_parameter(n), rtol=1e-9, atol=1e-11)
+    assert (plain.head.last_layer.weight - first).abs().max() > 1e-3
+
+    for p in plain.parameters():
+        p.grad = None
+    plain.head.sparse.options = sparse_head.Options()
+    outer = plain(views)
+    outer.loss.backward()
+    assert output.loss.item() == output.logs["loss"].item() == pytest.approx(outer.loss.item(), rel=1e-9, abs=1e-11)
+    for n, p in method.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, plain.get_parameter(n).grad, rtol=1e-7, atol=1e-9)
+    for n, b in method.named_buffers():
+        torch.testing.assert_close(b, plain.get_buffer(n), rtol=1e-9, atol=1e-11)
+
+
+def test_inner_steps_see_their_own_steps_under_autocast() -> None:
+    """Autocast keeps its copies of weights that need a gradient: the second step must not be made with the first's."""
+    found = []
+    for steps, rate in ((1, 1.0), (2, 1.0)):
+        sparse = [f"head.sparse.inner_steps={steps}", f"head.sparse.inner_lr={rate}", "head.kind=linear"]
+        _, method, views = make("digits/simclr_sparsehead", sparse)
+        before = method.head.last_layer.weight.detach().clone()
+        with torch.autocast("cpu", torch.bfloat16):
+            method(views)
+        found.append(method.head.last_layer.weight - before)
+    one, two = found
+    assert one.abs().max() > 0.01
+    assert (two - 2 * one).abs().max() > 0.1 * one.abs().max()  # the same gradient twice would be twice the step
 
 
 def test_byols_target_follows_and_holds_still_when_a_step_is_skipped() -> None:

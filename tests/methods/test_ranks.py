@@ -21,6 +21,10 @@ CASES = [
     ("cifar10/w_mse", ["head.output=2", "method.w_size=4", "data.views.0.count=4"]),
     ("cifar10/ssl_hsic_sparsehead", []),
     ("cifar10/swav_sparsehead", []),
+    # The inner steps train the head in the forward pass; with rate 1 they do so visibly.
+    ("cifar10/simclr_sparsehead", ["head.sparse.inner_steps=2", "head.sparse.inner_lr=1", "head.sparse.where=all"]),
+    ("cifar10/byol_sparsehead", ["head.sparse.inner_steps=1", "head.sparse.mode=proximal", "head.sparse.weight=0.1"]),
+    ("cifar10/swav_sparsehead", ["head.sparse.inner_steps=1", "head.sparse.mode=scale_invariant"]),
 ]
 
 
@@ -39,6 +43,7 @@ def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tenso
     output.loss.backward()
     found = {f"gradient {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
     found |= {f"buffer {n}": b for n, b in method.named_buffers()}
+    found |= {f"head {n}": p for n, p in method.head.named_parameters()}
     return {"loss": distributed.mean_over_ranks(output.loss), **found}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_pipeline import config, distributed, head, optim
+from ssl_pipeline import config, distributed, head, optim, sparse_head
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.methods import Progress, swav
 from ssl_pipeline.methods.swav import sinkhorn, swav_loss
@@ -154,7 +154,7 @@ def test_sparsehead_leaves_prototypes_alone() -> None:
     found = []
     for weight in (0.0, 0.1):
         method = tiny()
-        method.head.options = head.Options(hidden=6, output=5, sparse={"weight": weight})
+        method.head.sparse = sparse_head.SparseHead(sparse_head.Options(weight=weight))
         method(pictures(0)).loss.backward()
         found.append((method.prototypes.weight.grad, method.head.last_layer.weight.grad))
     assert torch.equal(found[0][0], found[1][0])
