@@ -121,7 +121,7 @@ def scores(run: Path, *options: str) -> dict[str, float]:
     verb("linear-probe", run, *options)
     results = RunFolder(run).read_results()
     suffix = "_random_init" if options else ""
-    return {"knn5": results[f"knn{suffix}"]["knn5_top1"], "linear": results[f"linear{suffix}"]["linear_top1"]}
+    return {"knn5": results[f"knn{suffix}"]["knn5_top1"], "linear": results[f"linear_probe{suffix}"]["linear_top1"]}
 
 
 def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:

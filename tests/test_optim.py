@@ -82,33 +82,6 @@ def test_inclusive_warmup_is_swav(name: str) -> None:
     assert factors == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", golden.select("lr_simsiam_"))
-def test_cosine_per_epoch_is_simsiam(name: str) -> None:
-    entry = golden.entries()[name]
-    h = entry["hyper"]
-    options = optim.Options(name="sgd", learning_rate=h["base_lr"], scale_with_batch=True, cosine_per=h["per"])
-    base = optim.base_rate(options, h["batch"])
-    shapes = {"decay": True, "adapt": True}
-    groups = [
-        {"params": [nn.Parameter(torch.ones(2, 2))], "name": "matrices", "lr": "scheduled", **shapes},
-        {"params": [nn.Parameter(torch.ones(2, 2))], "name": "predictor", "lr": base, **shapes},
-    ]
-    optimizer = optim.build(groups, options, h["batch"])
-    for epoch, encoder, predictor in entry["outputs"]["epoch_lrEncoder_lrPredictor"]:
-        for step in (0, 6):  # the first and last of an epoch of seven
-            factor = optim.rate_factor(options, int(epoch) * 7 + step, 7, h["epochs"])
-            rates = optim.set_rates(optimizer, factor)
-            np.testing.assert_allclose([rates["matrices"], rates["predictor"]], [encoder, predictor], rtol=1e-9)
-
-
-def test_every_entry_of_optimizers_and_schedules_is_checked() -> None:
-    """Rates and parameters here, the momentum of targets (ema_) in tests/methods/test_golden.py."""
-    prefixes = ("lars_barlowtwins_", "lars_byol_", "lars_timm_", "larc_apex_", "lr_barlow_", "lr_vicreg_", "lr_swav_",
-                "lr_simsiam_", "lr_byol_", "lr_htdt_", "ema_")  # fmt: skip
-    known = {name for name, entry in golden.entries().items() if entry["method"] in ("optimizer", "schedule")}
-    assert known == {name for prefix in prefixes for name in golden.select(prefix)}
-
-
 @pytest.mark.parametrize("name", golden.select("lr_byol_"))
 def test_warmup_cosine_is_byol(name: str) -> None:
     entry = golden.entries()[name]
