@@ -139,7 +139,7 @@ def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
     return {
         "label": row.label, "seed": row.seed, "config": key, "commit": made_by, "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds), **scores(run), "run": str(run),
-        **{name: logged[-1].get(name) for name in ("loss", "embedding_std", "head_hoyer", "head_groups_inactive")},
+        **{name: logged[-1].get(name) for name in ("loss", "embedding_std")},
     }  # fmt: skip
 
 
