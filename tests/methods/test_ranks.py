@@ -50,7 +50,7 @@ def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tenso
 @pytest.mark.parametrize(("name", "overrides"), CASES)
 def test_two_ranks_equal_one(name: str, overrides: list[str]) -> None:
     one = loss_and_gradients(name, overrides)
-    assert sum(key.startswith("gradient") for key in one) > 60
+    assert sum(key.startswith("gradient") for key in one) >= 60
     for found in on_ranks(2, loss_and_gradients, name, overrides):
         assert found.keys() == one.keys()
         for key, value in one.items():
