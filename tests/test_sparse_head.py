@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -277,3 +279,17 @@ def test_official_heads(name: str, matrices: list, vectors: list) -> None:
         shapes = [tuple(p.shape) for p in ProjectionHead(options, 2048).parameters()]
     assert [shape for shape in shapes if len(shape) == 2] == matrices
     assert [shape for shape in shapes if len(shape) == 1] == vectors
+
+
+def test_every_option_and_every_value_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sparsehead.md").read_text()
+    for name, field in sparse_head.Options.model_fields.items():
+        assert f"`{name}`" in text, name
+        for value in getattr(field.annotation, "__args__", ()):
+            assert value in text, (name, value)
+    layer = nn.Linear(3, 2)
+    logged = sparse_head.SparseHead(sparse_head.Options(weight=1)).logs([layer], 0.0, torch.ones(()))
+    written = text.replace(
+        "`head_group_norm_{min,median,max}`", "`head_group_norm_min` `head_group_norm_median` `head_group_norm_max`"
+    )
+    assert all(f"`{key}`" in written for key in logged)

@@ -35,6 +35,8 @@ LAST_STEP = (
     "embedding_std",
     "sparse_penalty",
     "head_groups_inactive",
+    "head_groups_zero",
+    "head_hoyer",
     "skipped",
     "bad_pictures",
 )
