@@ -5,7 +5,7 @@
 
 A row is one pretraining, a 5-nn and a linear probe (the small-data protocol), all by the same verbs as by hand. Rows that
 are done with the same config are not done again, and one that was stopped goes on from its checkpoint. The table is
-written as it comes; a row that was not run says so.
+written as it comes; a row that was not run says so. 24 rows of about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
     return {
         "label": row.label, "seed": row.seed, "config": key, "commit": made_by, "date": time.strftime("%Y-%m-%d"),
         "seconds": round(seconds), **scores(run), "run": str(run),
-        **{name: logged[-1].get(name) for name in ("loss", "embedding_std")},
+        "loss": logged[-1].get("loss_before_inner", logged[-1]["loss"]), "embedding_std": logged[-1]["embedding_std"],
     }  # fmt: skip
 
 
@@ -190,8 +190,10 @@ def method_of(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
-    parser.add_argument("--work", type=Path, default=Path("runs/small_table"))
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/cifar10"), help="laid out by prepare-data (%(default)s)"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/small_table"), help="runs and rows (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "small_table.md")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -394,7 +394,10 @@ def _described(options: SparseOptions) -> str:
     ]
     parts = [f"{options.weight} x {norm} of {options.groups}" if options.weight else "off"]
     parts += ["every linear layer of the head"] if options.weight and options.where == "all" else []
-    parts += [f"{options.schedule} weight"] if options.weight and options.schedule != "constant" else []
+    if options.schedule in ("linear", "cosine"):
+        parts.append(f"{options.schedule} from {options.first_factor} times that within {options.ramp:.0%} of the run")
+    elif options.schedule == "adaptive":
+        parts.append(f"adapted to {options.target:.0%} active groups with gain {options.gain}")
     parts += [f"{options.inner_steps} inner steps of rate {options.inner_lr}"] if options.inner_steps else []
     return ", ".join(parts)
 

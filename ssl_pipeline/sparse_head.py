@@ -56,6 +56,25 @@ class Options(config.Options):
     """Learning rate of the inner steps, the same for the whole run."""
 
     @model_validator(mode="after")
+    def _nothing_is_without_effect(self) -> Options:
+        """Who gives an option that another one switches off would train for weeks without it."""
+        needs = {
+            "mode": ("weight above 0, as weight=1e-4", self.weight > 0),
+            "where": ("weight above 0, as weight=1e-4", self.weight > 0),
+            "schedule": ("weight above 0, as weight=1e-4", self.weight > 0),
+            "first_factor": ("schedule=linear or cosine", self.schedule in ("linear", "cosine")),
+            "ramp": ("schedule=linear or cosine", self.schedule in ("linear", "cosine")),
+            "target": ("schedule=adaptive", self.schedule == "adaptive"),
+            "gain": ("schedule=adaptive", self.schedule == "adaptive"),
+            "inner_lr": ("inner_steps above 0", self.inner_steps > 0),
+        }
+        for key, (way_out, met) in needs.items():
+            value = getattr(self, key)
+            if not met and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {value} has no effect without {way_out}: give that too, or leave {key} out")
+        return self
+
+    @model_validator(mode="after")
     def _adaptive_starts_in_range(self) -> Options:
         if self.schedule == "adaptive" and not LEAST_WEIGHT <= self.weight <= MOST_WEIGHT:
             raise ValueError(
@@ -89,13 +108,13 @@ def scale_invariant_norm(weight: Tensor, groups: Groups = "columns") -> Tensor:
 
 
 def hoyer_sparsity(norms: Tensor) -> Tensor:
-    """(sqrt(G) - L1 / L2) / (sqrt(G) - 1) of the norms (G,) of groups: 0 where all are alike, 1 where one is left.
+    """(sqrt(G) - L1 / L2) / (sqrt(G) - 1) of the norms (G,) of groups: 0 where all are alike, 1 where one or none is left.
 
     Source: Hoyer 2004, "Non-negative matrix factorization with sparseness constraints", JMLR 5, section 3.1.
     """
     root = math.sqrt(len(norms))
     ratio = norms.sum() / torch.linalg.vector_norm(norms).clamp(min=torch.finfo(norms.dtype).tiny)
-    return (root - ratio) / max(root - 1, torch.finfo(norms.dtype).eps)
+    return ((root - ratio) / max(root - 1, torch.finfo(norms.dtype).eps)).clamp(max=1)
 
 
 def active(norms: Tensor) -> Tensor:

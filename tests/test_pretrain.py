@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_pipeline import checkpoint, config, distributed, monitor, pretrain
+from ssl_pipeline import checkpoint, config, distributed, monitor, pretrain, sparse_head
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput, Status, StorageFailure
 from ssl_pipeline.methods import byol
@@ -98,6 +100,44 @@ def test_a_finished_run_says_so_and_does_nothing(
         assert pretrain.pretrain(options(few_digits, "max_steps=2"), tmp_path) == Status.DONE
     assert "is finished: 2 steps are done; nothing to do" in caplog.text
     assert len(series(tmp_path)) == 2
+
+
+def test_every_key_of_metrics_is_documented(few_digits: Path, tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "runs.md").read_text() + (docs / "sparsehead.md").read_text()
+    text = text.replace(
+        "`head_group_norm_{min,median,max}`", "`head_group_norm_min` `head_group_norm_median` `head_group_norm_max`"
+    )
+    for method in METHODS:
+        sparse = SPARSE["bilevel"] if method == "simclr" else []
+        pretrain.pretrain(options(few_digits, "max_steps=1", *sparse, method=method), tmp_path / method)
+        (row,) = read_lines(tmp_path / method / "metrics.jsonl")
+        unknown = [key for key in row if f"`{key}`" not in text and not key.startswith("lr_")]
+        assert sorted({*unknown} - {"step", "epoch"}) == [], method
+
+
+# ---------------------------------------------------------------------------------------------------------- SparseHead
+def test_the_weight_of_sparsehead_follows_its_schedule(few_digits: Path, tmp_path: Path) -> None:
+    sparse = ["head.sparse.schedule=cosine", "head.sparse.first_factor=3", "head.sparse.ramp=0.5"]
+    chosen = options(few_digits, "epochs=2", *sparse)
+    assert pretrain.pretrain(chosen, tmp_path) == Status.DONE
+    rows = series(tmp_path)
+    expected = [sparse_head.weight_at(chosen.head.sparse, step / len(rows)) for step in range(len(rows))]
+    assert [row["sparse_weight"] for row in rows] == pytest.approx(expected)
+    assert rows[0]["sparse_weight"] == pytest.approx(3 * rows[-1]["sparse_weight"])
+
+
+def test_the_adaptive_weight_follows_the_active_share(few_digits: Path, tmp_path: Path) -> None:
+    sparse = ["head.sparse.schedule=adaptive", "head.sparse.target=0.25", "head.sparse.gain=0.1"]
+    assert pretrain.pretrain(options(few_digits, "max_steps=6", *sparse), tmp_path) == Status.DONE
+    rows = series(tmp_path)
+    assert len(rows) == 6
+    for row, after in itertools.pairwise(
+        rows
+    ):  # a row's share is of the weights before its step, the next one's after it
+        share = 1 - after["head_groups_inactive"]
+        assert after["sparse_weight"] == pytest.approx(row["sparse_weight"] * math.exp(0.1 * (share - 0.25)), rel=1e-4)
+    assert rows[-1]["sparse_weight"] > 1.2 * rows[0]["sparse_weight"]
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming

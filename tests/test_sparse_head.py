@@ -63,9 +63,22 @@ def test_the_penalty_is_fp32_inside_autocast_and_of_the_online_head_alone() -> N
             r"head.sparse.inner_steps = 1 needs a linear layer.*head.sparse.inner_steps=0",
         ),
         (
-            ["head.sparse.schedule=adaptive", "head.sparse.weight=0"],
-            r"between 1e-07 and 0.1, and weight = 0 is not between them: start it at 1e-4",
+            ["head.sparse.schedule=adaptive", "head.sparse.weight=1"],
+            r"between 1e-07 and 0.1, and weight = 1 is not between them: start it at 1e-4",
         ),
+        (
+            ["head.sparse.weight=0", "head.sparse.mode=proximal"],
+            r"mode = proximal has no effect without weight above 0",
+        ),
+        (
+            ["head.sparse.ramp=0.1"],
+            r"ramp = 0.1 has no effect without schedule=linear or cosine: give that too, or leave",
+        ),
+        (
+            ["head.sparse.target=0.3", "head.sparse.schedule=cosine"],
+            r"target = 0.3 has no effect without schedule=adapt",
+        ),
+        (["head.sparse.inner_lr=0.3"], r"inner_lr = 0.3 has no effect without inner_steps above 0"),
         (["head.sparse.inner_steps=1", "precision=fp16"], r"inner_steps are not scaled.*precision=bf16"),
         (["head.sparse.mode=hard"], r"head.sparse.mode"),
     ],
@@ -107,6 +120,7 @@ def test_hoyer_sparsity_by_hand() -> None:
 
     assert hoyer(2, 2, 2, 2) == pytest.approx(0, abs=1e-12)
     assert hoyer(0, 0, 5, 0) == pytest.approx(1)
+    assert hoyer(0, 0, 0, 0) == 1
     assert hoyer(3, 4) == pytest.approx((2**0.5 - 7 / 5) / (2**0.5 - 1))
     assert np.isfinite(hoyer(3))
 
@@ -178,7 +192,8 @@ def test_all_linear_layers_of_the_head_and_none_of_the_predictor() -> None:
     [("constant", [4.0] * 5), ("linear", [1.0, 2.5, 4.0, 4.0, 4.0]), ("cosine", [1.0, 2.5, 4.0, 4.0, 4.0])],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
-    options = sparse_head.Options(weight=4, schedule=schedule, first_factor=0.25, ramp=0.5)
+    course = {} if schedule == "constant" else {"first_factor": 0.25, "ramp": 0.5}
+    options = sparse_head.Options(weight=4, schedule=schedule, **course)
     assert [sparse_head.weight_at(options, done) for done in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(expected)
     quarter = sparse_head.weight_at(options, 0.125)
     assert quarter == pytest.approx({"constant": 4, "linear": 1.75, "cosine": 1 + 3 * (1 - 0.5**0.5) / 2}[schedule])

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -71,6 +72,13 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = (), classes: Path | 
         raise BadInput(f"no data set {name!r}: choose among {', '.join(makers)}")
     if name in SOURCES and not sources:
         raise BadInput(f"`{name}` needs --source: {SOURCES[name]}")
+    if name == "digits" and sources:
+        raise BadInput("`digits` comes with scikit-learn: leave --source out")
+    for source in sources:
+        if not source.exists():
+            raise BadInput(f"--source {str(source)!r} does not exist")
+        if out.resolve().is_relative_to(source.resolve()):
+            raise BadInput(f"{str(out)!r} lies within --source {str(source)!r}: name a folder outside it")
     if classes is not None and name != "imagenet100":
         raise BadInput(f"--classes is imagenet100's; leave it out for {name}")
     if out.exists():
@@ -312,6 +320,9 @@ def _imagenet100(source: Path, classes: Path | None) -> Iterator[Picture]:
     if not classes.is_file() or classes.stat().st_size > SMALL:
         raise BadInput(f"--classes {str(classes)!r} is no file of wnids")
     wnids = classes.read_text(encoding="utf-8", errors="replace").split()
+    strange = next((word for word in wnids if not re.fullmatch(r"n\d{8}", word)), None)
+    if strange is not None:
+        raise BadInput(f"{str(classes)!r} holds {strange[:40]!r}, which is no wnid: n and eight digits, as n01440764")
     if len(wnids) != 100 or len(set(wnids)) != 100:
         raise BadInput(
             f"{str(classes)!r} holds {len(wnids)} words, {len(set(wnids))} different ones; it must be 100 wnids"
@@ -325,9 +336,12 @@ def _imagenet100(source: Path, classes: Path | None) -> Iterator[Picture]:
                 f"among them; --source must be {SOURCES['imagenet100']}"
             )
     for split, wnid in itertools.product(("train", "val"), sorted(wnids)):
-        for path in sorted((source / split / wnid).iterdir()):
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-                yield split, f"{wnid}/{path.name}", path
+        found = sorted((source / split / wnid).iterdir())
+        found = [path for path in found if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
+        if not found:
+            raise BadInput(f"class folder {str(source / split / wnid)!r} holds no pictures: is the source whole?")
+        for path in found:
+            yield split, f"{wnid}/{path.name}", path
 
 
 def _imagenet(sources: Sequence[Path]) -> Iterator[Picture]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ssl_pipeline import __version__
 from ssl_pipeline.evaluation import tables
-from ssl_pipeline.evaluation.tables import Entry, Group
+from ssl_pipeline.evaluation.tables import Entry, Group, label
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import RunFolder, duration
 
@@ -33,6 +33,8 @@ LAST_STEP = (
     "epoch",
     "loss",
     "embedding_std",
+    "embedding_rank",
+    "sparse_weight",
     "sparse_penalty",
     "head_groups_inactive",
     "head_groups_zero",
@@ -571,7 +573,7 @@ def _loss(found: Sequence[Group]) -> str:
     """A panel for each method and data set: losses of different methods have different units."""
     panels: dict[str, list[Entry]] = {}
     for entry in _entries(found):
-        bare = Group((entry,)).title.replace(" + SparseHead", "")
+        bare = label(entry.method.removesuffix("_sparsehead")) + (f" on {label(entry.data)}" if entry.data else "")
         panels.setdefault(bare, []).append(entry)
     caption = "Loss without the penalty, the mean over the steps between two logged ones, against the step."
     return _curves(

@@ -18,6 +18,7 @@ from typing import Any
 from ssl_pipeline import config
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.run_folder import CHANGEABLE, RunFolder, read_lines
+from ssl_pipeline.sparse_head import Options as SparseOptions
 
 NAMES = {
     "simclr": "SimCLR",
@@ -74,8 +75,19 @@ class Entry:
     @property
     def method(self) -> str:
         """The name of its row in the paper's tables."""
-        sparse = (self.options.get("head.sparse.weight") or 0) > 0
+        sparse = any((self.options.get(f"head.sparse.{key}") or 0) > 0 for key in ("weight", "inner_steps"))
         return f"{self.options.get('method.name')}{'_sparsehead' if sparse else ''}"
+
+    @property
+    def own_sparsehead(self) -> str | None:
+        """How its SparseHead differs from the paper's; None where it does not, or there is none."""
+        paper = {**SparseOptions().model_dump(), "weight": 1e-4}
+        own = [
+            f"{key} {value}"
+            for key in paper
+            if (value := self.options.get(f"head.sparse.{key}", paper[key])) != paper[key]
+        ]
+        return ", ".join(own) if own and self.method.endswith("_sparsehead") else None
 
     @property
     def data(self) -> str | None:
@@ -233,7 +245,8 @@ class Group:
     @property
     def title(self) -> str:
         """As `SimCLR + SparseHead on CIFAR-10`."""
-        return label(self.method) + (f" on {label(self.data)}" if self.data else "")
+        own = self.entries[0].own_sparsehead
+        return label(self.method) + (f" ({own})" if own else "") + (f" on {label(self.data)}" if self.data else "")
 
 
 def groups(runs: Iterable[RunFolder]) -> list[Group]:
@@ -448,6 +461,8 @@ def _kind(result: str, values: Mapping[str, Any], entry: Entry, data: str) -> tu
         remarks.append(f"protocol {protocol}, not the paper's ({_protocol(data)})")
     if (backbone := _other_backbone(entry, data)) is not None:
         remarks.append(f"backbone {backbone}, not the paper's ({_network(data)})")
+    if entry.own_sparsehead is not None:
+        remarks.append(f"SparseHead: {entry.own_sparsehead}, not the paper's")
     if changed(values):
         remarks.append(f"changed: {', '.join(changed(values))}")
     foreign = bool(remarks)

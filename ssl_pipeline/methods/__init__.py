@@ -51,6 +51,8 @@ class ViewNeeds:
     least: int = 2
     most: int | None = 2
     one_size: bool = True
+    largest_first: int = 0
+    """How many views, the first ones, must be as large as any."""
 
     def check(self, name: str, sizes: Sequence[int]) -> None:
         """Raises BadInput where views of `sizes` do not fit; `name` is the method's."""
@@ -61,6 +63,11 @@ class ViewNeeds:
             )
         if self.one_size and len(set(sizes)) > 1:
             raise BadInput(f"{name} needs views of one size and data.views makes sizes {sorted(set(sizes))}")
+        if any(size < max(sizes) for size in sizes[: self.largest_first]):
+            raise BadInput(
+                f"{name} needs its {self.largest_first} views of full size first and data.views makes sizes {list(sizes)}: "
+                "put the largest at the beginning of data.views"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,14 +137,16 @@ class Method(nn.Module):
     def forward(self, views: list[Tensor]) -> Output:
         """The objective and, in the weight's own precision, SparseHead's penalty on the online head."""
         features, targets = self.represent(views), self.targets(views)
-        if self._inner:
-            self._inner_steps([feature.detach() for feature in features], targets)
+        before = {}
+        if self._inner and self.training and torch.is_grad_enabled():  # a training step, not a look at the loss
+            before["loss_before_inner"] = self._inner_steps([feature.detach() for feature in features], targets)
         result = self.objective(features, targets)
-        loss, logs = result.loss, {"loss": result.loss.detach(), **result.logs}
+        loss, logs = result.loss, {"loss": result.loss.detach(), **before, **result.logs}
         with torch.no_grad(), full_precision(views[0]):
             normalized = nn.functional.normalize(upcast(result.embeddings), dim=1)
             # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
             logs["embedding_std"] = normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
+            logs["embedding_rank"] = participation_ratio(upcast(result.embeddings))
         if self.head.sparse_layers:
             with full_precision(views[0]):
                 logs |= self.head.sparse.logs(self.head.sparse_layers, self.progress.done, loss)
@@ -151,31 +160,34 @@ class Method(nn.Module):
         sparse = self.head.sparse
         return loss + sparse.penalty(self.head.sparse_layers, self.progress.done) if sparse.in_the_loss else loss
 
-    def _inner_steps(self, features: list[Tensor], targets: list[Tensor]) -> None:
+    def _inner_steps(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         """Equation 13: train the head alone on fixed features, on loss + penalty, by SGD without momentum or decay.
 
         The head normalises by the statistics of the batch; its running ones, and all other buffers, stay as they are.
+        The loss is the exact one, whatever `gradient_scale`. Returns it as it was before.
         """
         options = self.head.options.sparse
         # The backbone's have no part in it, and backward still needs them as they are.
         buffers = [b for name, b in self.named_buffers() if not name.startswith("backbone.")]
+        copies = [buffer.clone() for buffer in buffers]
+        first = None
         for _ in range(options.inner_steps):
-            copies = [buffer.clone() for buffer in buffers]
-            with torch.enable_grad():
-                for p in self._inner:
-                    p.requires_grad_()
-                loss = self.objective(features, targets).loss
-                with full_precision(features[0]):
-                    gradients = torch.autograd.grad(self._penalized(loss), self._inner)
-            with torch.no_grad(), full_precision(features[0]):
-                mean = distributed.mean_over_ranks(nn.utils.parameters_to_vector(gradients))
-                for p, gradient in zip(self._inner, mean.split([p.numel() for p in self._inner]), strict=True):
+            for p in self._inner:
+                p.requires_grad_()
+            loss = self.objective(features, targets).loss
+            first = loss.detach() if first is None else first
+            with full_precision(features[0]):
+                gradients = torch.autograd.grad(self._penalized(loss), self._inner)
+            with torch.no_grad():
+                for p, gradient in zip(self._inner, gradients, strict=True):
                     p.requires_grad_(False)
-                    p.sub_(gradient.view_as(p), alpha=options.inner_lr)
+                    p.sub_(distributed.mean_over_ranks(gradient), alpha=options.inner_lr)
                 self.head.sparse.threshold(self.head.sparse_layers, self.progress.done, options.inner_lr)
-                for buffer, copy in zip(buffers, copies, strict=True):
-                    buffer.copy_(copy)
+                if buffers:
+                    torch._foreach_copy_(buffers, copies)
             torch.clear_autocast_cache()  # of the weights as they were before this step
+        assert first is not None
+        return first
 
     def changed_by_forward(self) -> list[Tensor]:
         """What a forward pass changes before anyone knows whether it was finite: batch statistics, say."""
@@ -212,13 +224,26 @@ class Method(nn.Module):
         Whoever overrides it calls this one first, which is SparseHead's.
         """
         sparse, layers = self.head.sparse, self.head.sparse_layers
-        if not self._inner and not sparse.in_the_loss and sparse.options.weight > 0:
-            sparse.threshold(layers, progress.done, learning_rates["matrices"] * finite.float())
+        if sparse.options.mode == "proximal" and not self._inner:
+            # The scale of the gradient, which a penalty in the loss would have too.
+            step_size = self.gradient_scale * learning_rates["matrices"]
+            sparse.threshold(layers, progress.done, step_size * finite.float())
         sparse.adapt(layers, finite)
 
     def evaluated_backbone(self) -> nn.Module:
         """What backbone.pth holds."""
         return self.backbone
+
+
+def participation_ratio(z: Tensor) -> Tensor:
+    """(tr C)^2 / ||C||_F^2 of the covariance C of the rows of z (N, K): how many dimensions they fill.
+
+    1 on a line, k where k directions have equal variance, at most N - 1; 0 where all rows are equal. It is the
+    participation ratio of C's eigenvalues; ||C||_F is taken from the inner products (N, N).
+    """
+    centred = z - z.mean(dim=0)
+    gram = centred @ centred.T
+    return gram.trace().square() / gram.square().sum().clamp(min=torch.finfo(z.dtype).tiny)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

@@ -65,6 +65,7 @@ class MomentumMethod(methods.Method):
         )
         self.predictor = ProjectionHead(shape, head_module.outputs)
         self.target = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "head": copy.deepcopy(head_module)})
+        self.target["head"].sparse = nn.Identity()  # nothing acts on it, and an adaptive weight has one state
         self.target.requires_grad_(False)
 
     @torch.no_grad()

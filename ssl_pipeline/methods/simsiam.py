@@ -32,20 +32,10 @@ def simsiam_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, 
     return -(one + two).mean() / 2
 
 
-def effective_rank(z: Tensor) -> Tensor:
-    """(tr C)^2 / ||C||_F^2 of the covariance C of the rows of z (N, K): how many dimensions they fill.
-
-    1 on a line, k where k directions have equal variance; at most N - 1. It is the participation ratio of C's
-    eigenvalues; ||C||_F is taken from the inner products (N, N).
-    """
-    centred = z - z.mean(dim=0)
-    return centred.square().sum().square() / (centred @ centred.T).square().sum()
-
-
 class Method(methods.Method):
     """Two views through one network; a predictor on the one side, no gradient on the other.
 
-    Where it fails the loss falls to -1 and the embeddings to few dimensions: `embedding_rank`, of a rank's batch. The
+    Where it fails the loss falls to -1 and the embeddings to few dimensions, `embedding_rank`. The
     norm at the head's end keeps each dimension's deviation, so that `embedding_std` falls to 0 (figure 2) only when
     all embeddings are equal to the last digit.
     """
@@ -61,8 +51,7 @@ class Method(methods.Method):
         projections = [upcast(z) for z in embeddings]
         with full_precision(features[0]):
             loss = simsiam_loss(*predictions, *projections)
-            logs = {"embedding_rank": effective_rank(projections[0].detach())}
-        return Objective(loss, projections[0], logs)
+        return Objective(loss, projections[0])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.options.predictor_rate == "scheduled":

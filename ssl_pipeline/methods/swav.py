@@ -101,7 +101,7 @@ class Method(methods.Method):
 
     @staticmethod
     def views(options: Options) -> ViewNeeds:
-        return ViewNeeds(least=ASSIGNING, most=None, one_size=False)
+        return ViewNeeds(least=ASSIGNING, most=None, one_size=False, largest_first=ASSIGNING)
 
     @staticmethod
     def check(options: Options, head: HeadOptions, batch_size: int) -> None:

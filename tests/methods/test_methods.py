@@ -42,14 +42,15 @@ def trained(case: int) -> tuple[Method, list[torch.Tensor], list[float], list[st
     optimizer = optim.build(method.parameter_groups(), options.optim, 32)
     losses, missing = [], []
     for step in range(30):
+        progress = Progress(step, 30, step // 10, 3)
+        method.before_forward(progress)
         output = method(views)
         output.loss.backward()
         missing += [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None]
-        progress = Progress(step, 30, step // 10, 3)
         method.before_update(progress)
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
-        method.after_update(progress, {}, torch.tensor(True))
+        method.after_update(progress, optim.set_rates(optimizer, 1.0), torch.tensor(True))
         optimizer.zero_grad()
         losses.append(output.loss.item())
     return method, views, losses, missing
@@ -101,11 +102,37 @@ def test_a_proximal_step_thresholds_the_head_after_the_update_unless_it_was_skip
     assert [n for n in changed if method.get_parameter(n) is not method.head.last_layer.weight] == []
 
 
+def test_a_proximal_step_is_as_long_as_the_penalty_s_pull_whatever_scales_the_gradient() -> None:
+    """One step of SGD, on groups far from zero: how far the last layer moved because of SparseHead, by divisor and mode."""
+    moved = {}
+    for divisor in (1, 16):
+        found = {}
+        for mode, weight in (("penalty", 0.0), ("penalty", 0.1), ("proximal", 0.1)):
+            sparse = [f"head.sparse.mode={mode}", f"head.sparse.weight={weight}", f"method.gradient_divisor={divisor}"]
+            _, method, views = make(CASES[2][0], [*CASES[2][1], *sparse])
+            method(views).loss.backward()
+            with torch.no_grad():
+                layer = method.head.last_layer.weight
+                layer.sub_(0.1 * layer.grad)
+            method.after_update(Progress(0, 10, 0, 1), {"matrices": 0.1}, torch.tensor(True))
+            found[mode, weight] = layer.detach().clone()
+        for mode in ("penalty", "proximal"):
+            moved[divisor, mode] = (found[mode, 0.1] - found["penalty", 0.0]).norm().item()
+    # Each of 256 groups by rate * weight / divisor, along the weight before the step or after it.
+    for (divisor, _), length in moved.items():
+        assert length == pytest.approx(16 * 0.1 * 0.1 / divisor, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["penalty", "proximal"])
 @pytest.mark.parametrize(("name", "overrides"), CASES)
-def test_inner_steps_train_the_head_alone_and_the_outer_one_all_else(name: str, overrides: list[str]) -> None:
-    sparse = ["head.sparse.weight=0.01", "head.sparse.inner_lr=0.5"]
+def test_inner_steps_train_the_head_alone_and_the_outer_one_all_else(
+    name: str, overrides: list[str], mode: str
+) -> None:
+    weight = {"penalty": 0.01, "proximal": 0.1}[mode]
+    sparse = [f"head.sparse.weight={weight}", f"head.sparse.mode={mode}"]
     _, plain, views = make(name, [*overrides, *sparse])
-    _, method, _ = make(name, [*overrides, *sparse, "head.sparse.inner_steps=2"])
+    inner = ["head.sparse.inner_steps=2", "head.sparse.inner_lr=0.5"]
+    _, method, _ = make(name, [*overrides, *sparse, *inner])
     assert all(torch.equal(p, method.get_parameter(n)) for n, p in plain.named_parameters())
     held = {n for n, p in plain.named_parameters() if n.startswith("head.") and p.requires_grad}
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}
@@ -126,6 +153,9 @@ def test_inner_steps_train_the_head_alone_and_the_outer_one_all_else(name: str, 
         with torch.no_grad():
             for n in held:
                 plain.get_parameter(n).sub_(0.5 * plain.get_parameter(n).grad)
+            if mode == "proximal":
+                last = plain.head.last_layer.weight
+                last.mul_((1 - 0.5 * weight / last.norm(dim=0)).clamp(min=0))
             for n, b in plain.named_buffers():
                 b.copy_(start[n])
     for n in held:
@@ -143,6 +173,13 @@ def test_inner_steps_train_the_head_alone_and_the_outer_one_all_else(name: str, 
             torch.testing.assert_close(p.grad, plain.get_parameter(n).grad, rtol=1e-7, atol=1e-9)
     for n, b in method.named_buffers():
         torch.testing.assert_close(b, plain.get_buffer(n), rtol=1e-9, atol=1e-11)
+    method.after_update(Progress(0, 10, 0, 1), {}, torch.tensor(True))
+    for n in held:  # no second threshold
+        torch.testing.assert_close(method.get_parameter(n), plain.get_parameter(n), rtol=1e-9, atol=1e-11)
+    with torch.no_grad():  # a look at the loss is no step
+        method(views)
+    for n in held:
+        torch.testing.assert_close(method.get_parameter(n), plain.get_parameter(n), rtol=1e-9, atol=1e-11)
 
 
 def test_inner_steps_see_their_own_steps_under_autocast() -> None:
@@ -205,3 +242,8 @@ def test_views_that_do_not_fit() -> None:
         needs.check("m", [32] * 3)
     with pytest.raises(BadInput, match=r"one size and data.views makes sizes \[32, 96\]"):
         needs.check("m", [32, 96])
+    crops = methods.get("swav").views(None)
+    crops.check("swav", [32, 32, 16])
+    for sizes in ([16, 16, 32, 32], [32, 48, 48]):
+        with pytest.raises(BadInput, match=r"swav needs its 2 views of full size first and data.views makes sizes \["):
+            crops.check("swav", sizes)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssl_pipeline import config, distributed
+from ssl_pipeline.methods import Progress
 from ssl_pipeline.pretrain import PretrainConfig, build_method
 from tests.ranks import on_ranks
 
@@ -25,6 +26,10 @@ CASES = [
     ("cifar10/simclr_sparsehead", ["head.sparse.inner_steps=2", "head.sparse.inner_lr=1", "head.sparse.where=all"]),
     ("cifar10/byol_sparsehead", ["head.sparse.inner_steps=1", "head.sparse.mode=proximal", "head.sparse.weight=0.1"]),
     ("cifar10/swav_sparsehead", ["head.sparse.inner_steps=1", "head.sparse.mode=scale_invariant"]),
+    (
+        "cifar10/simclr_sparsehead",
+        ["head.sparse.mode=proximal", "head.sparse.weight=0.05", "head.sparse.schedule=adaptive"],
+    ),
 ]
 
 
@@ -42,6 +47,7 @@ def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tenso
     output = model(views)
     output.loss.backward()
     found = {f"gradient {n}": p.grad for n, p in method.named_parameters() if p.grad is not None}
+    method.after_update(Progress(0, 10, 0, 1), {"matrices": 0.1}, torch.tensor(True))
     found |= {f"buffer {n}": b for n, b in method.named_buffers()}
     found |= {f"head {n}": p for n, p in method.head.named_parameters()}
     return {"loss": distributed.mean_over_ranks(output.loss), **found}

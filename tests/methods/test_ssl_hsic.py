@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_pipeline import config, distributed, optim
+from ssl_pipeline import config, distributed
 from ssl_pipeline.methods import Method, Progress
 from ssl_pipeline.methods.ssl_hsic import (
     Frequencies,
@@ -268,22 +268,3 @@ def test_a_collapse_shows_in_the_logs_though_not_in_the_loss() -> None:
         assert collapsed[key] < 1e-6 < 1e-3 < healthy[key]
     assert collapsed["hsic_xy"] == pytest.approx(1 / 3, abs=0.05)
     assert collapsed["loss"] < healthy["loss"]
-
-
-def test_half_precision_is_near_full_also_after_training() -> None:
-    method = make()
-    views = two_views()
-    options = config.validate(PretrainConfig, config.load("digits/ssl_hsic", TINY).values)
-    optimizer = optim.build(method.parameter_groups(), options.optim, 16)
-    for step in range(30):
-        method(views).loss.backward()
-        optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # type: ignore[attr-defined]
-        optimizer.step()
-        method.after_update(progress(step), {}, YES)
-        optimizer.zero_grad()
-    with torch.no_grad():
-        full = method(views).loss
-        with torch.autocast("cpu", torch.bfloat16):
-            half = method(views).loss
-    assert half.dtype == torch.float32
-    assert (half - full).abs() <= 0.02 * (full.abs() + 1)
