@@ -62,7 +62,7 @@ def test_a_hostile_tar_writes_nothing_outside(tmp_path: Path) -> None:
     [
         ("cifar11", [], "choose among digits, cifar10"),
         ("folder", [], "needs --source"),
-        ("folder", ["gone.tar"], "neither a folder nor a tar"),
+        ("folder", ["gone.tar"], "does not exist"),
         ("folder", ["train_only.tar"], "holds no val pictures"),
         ("folder", ["train_only.tar", "other_val.tar"], "different classes"),
         ("folder", ["cut.tar"], "cannot make"),
@@ -433,9 +433,20 @@ def test_imagenet100_that_will_not_do(tmp_path: Path, laid_out: Path) -> None:
     twice = class_list(tmp_path / "twice", [*CHOSEN[1:], CHOSEN[1]])
     fails("imagenet100", tmp_path, [laid_out], "100 words, 99 different", twice)
     other = class_list(tmp_path / "other", [*CHOSEN[1:], "../val"])
-    fails("imagenet100", tmp_path, [laid_out], r"train' has no folder of 1 of the classes .* '\.\./val'", other)
+    fails("imagenet100", tmp_path, [laid_out], r"holds '\.\./val', which is no wnid: n and eight digits", other)
+    unknown = class_list(tmp_path / "unknown", [*CHOSEN[1:], "n99999999"])
+    fails("imagenet100", tmp_path, [laid_out], r"train' has no folder of 1 of the classes .* 'n99999999'", unknown)
+    for path in (laid_out / "val" / CHOSEN[5]).iterdir():
+        path.unlink()
+    fails("imagenet100", tmp_path, [laid_out], rf"val/{CHOSEN[5]}' holds no pictures: is the source whole", classes)
     shutil.rmtree(laid_out / "val" / CHOSEN[5])
     fails("imagenet100", tmp_path, [laid_out], f"val' has no folder of 1 of .* '{CHOSEN[5]}'", classes)
-    fails("imagenet100", tmp_path, [tmp_path / "gone"], "train' has no folder of 100 of", classes)
+    (tmp_path / "empty").mkdir()
+    fails("imagenet100", tmp_path, [tmp_path / "empty"], "train' has no folder of 100 of", classes)
+    fails("imagenet100", tmp_path, [tmp_path / "gone"], "gone' does not exist", classes)
+    with pytest.raises(BadInput, match="lies within --source"):
+        prepare("imagenet100", laid_out / "out", [laid_out], classes)
+    with pytest.raises(BadInput, match="comes with scikit-learn: leave --source out"):
+        prepare("digits", tmp_path / "out", [laid_out])
     with pytest.raises(BadInput, match="--classes is imagenet100's"):
         prepare("digits", tmp_path / "out", [], classes)

@@ -224,6 +224,26 @@ def test_another_backbone_than_the_papers_is_marked(
     assert {(cell.foreign, cell.remarks) for cell in cells} == {(remark is not None, (remark,) if remark else ())}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], None),
+        (["head.sparse.mode=proximal", "head.sparse.weight=1"], "weight 1, mode proximal"),
+        (["head.sparse.groups=rows"], "groups rows"),
+        (["head.sparse.weight=0", "head.sparse.inner_steps=4"], "weight 0, inner_steps 4"),
+    ],
+)
+def test_a_sparsehead_that_is_not_the_papers_is_marked(make: Make, overrides: list[str], words: str | None) -> None:
+    runs = [make("run", "cifar10/simclr_sparsehead", *overrides, knn={"knn5_top1": 90.0})]
+    row = ours(runs, "CIFAR-10")
+    assert row.method == "simclr_sparsehead"
+    (cell,) = [cell for cell in row.cells if cell.ours is not None]
+    assert cell.foreign == (words is not None)
+    assert cell.remarks == (() if words is None else (f"SparseHead: {words}, not the paper's",))
+    expected = "SimCLR + SparseHead" + (f" ({words})" if words else "") + " on CIFAR-10"
+    assert tables.groups(runs)[0].title == expected
+
+
 def test_a_changed_recipe_is_marked_and_not_averaged_with_another(make: Make) -> None:
     changes: list[Any] = [
         ["learning_rates=[0.1,0.3]", "epochs=2"],
