@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -572,6 +574,71 @@ def prepare_data(args: argparse.Namespace) -> int:
     return Status.DONE
 
 
+def pack_shards(args: argparse.Namespace) -> int:
+    """write train/ and val/ of a folder as tar shards, with the same ids, labels and classes; goes on where it was stopped"""
+    from ssl_pipeline.data.pack import Encoding, pack
+
+    if args.quality is not None and args.short_side is None:
+        raise BadInput("--quality is of pictures that are encoded again: give --short-side too, or leave it out")
+    encoding = None
+    if args.short_side is not None:
+        encoding = Encoding(args.short_side, 90 if args.quality is None else args.quality)
+    size = _bytes("--shard-size", args.shard_size)
+    done = pack(args.folder, args.out, shard_size=size, encoding=encoding, processes=_positive(args.processes))
+    for split, packed in done.items():
+        kept = f", {len(packed.kept):,} of them kept as they were" if packed.kept else ""
+        shards = f"{packed.shards:,} shard{'s' if packed.shards > 1 else ''}, {packed.size / 1e9:,.2f} GB"
+        print(f"{args.out / split}: {packed.pictures:,} pictures{kept}, {shards}")
+    return Status.DONE
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """find every picture that a training would replace, in folders and shards, and count what is noteworthy"""
+    from ssl_pipeline.data.check import check
+
+    report = check(args.root, _positive(args.processes))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    for name, reason in report.bad:
+        print(f"{name}: {reason}")
+    for kind, count in sorted(report.noteworthy.items()):
+        print(f"noteworthy: {count:,} {kind}, as {report.examples[kind]}")
+    print(f"{args.root}: {report.checked:,} pictures read, {len(report.bad):,} bad")
+    return Status.BAD_INPUT if report.bad else Status.DONE
+
+
+def _bytes(option: str, text: str) -> int:
+    """`256MB` -> 256,000,000; MiB and the like are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?", text)
+    if match is None:
+        raise BadInput(f"{option} {text!r} is no size: give, say, 256MB")
+    number, unit, binary = match.groups()
+    return round(
+        float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit.replace("K", "k")) + 1 if unit else 0)
+    )
+
+
+def _positive(processes: int | None) -> int | None:
+    if processes is not None and processes < 1:
+        raise BadInput(f"--processes {processes} is no number of processes: give 1 or more")
+    return processes
+
+
+def bench_loader(args: argparse.Namespace) -> int:
+    """measure a config's loader on this machine: images a second, CPU ms an image, bytes copied, cores for a GPU"""
+    from ssl_pipeline import config
+    from ssl_pipeline.data.bench import bench, described
+    from ssl_pipeline.pretrain import PretrainConfig
+
+    for option, value in (("seconds", args.seconds), ("gpu-images-per-second", args.gpu_images_per_second)):
+        if not value > 0:
+            raise BadInput(f"--{option} {value:g} measures nothing: give a number above 0")
+    tree = config.load(args.config, args.overrides)
+    options = config.validate(PretrainConfig, tree.values, tree)
+    print(described(bench(options.data, options.seed, args.seconds), args.gpu_images_per_second))
+    return Status.DONE
+
+
 def demo(args: argparse.Namespace) -> int:
     """the whole way on handwritten digits in minutes: data, pretraining, evaluation, report"""
     from ssl_pipeline.demo import demo
@@ -711,6 +778,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("runs", type=Path, metavar="RUN", nargs="+")
     verb.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run; of several runs, this folder")
 
+    verb = add("bench-loader", bench_loader)
+    verb.add_argument("config", help="a YAML file or a packaged name")
+    add_overrides(verb)
+    verb.add_argument("--seconds", type=float, default=30, help="how long to measure (default 30)")
+    verb.add_argument(
+        "--gpu-images-per-second",
+        type=float,
+        default=3400,
+        metavar="N",
+        help="what a GPU takes (default 3400: an H100)",
+    )
+
     verb = add("prepare-data", prepare_data)
     verb.add_argument("name", help="digits, cifar10, cifar100, stl10, tiny_imagenet, imagenet100, imagenet or folder")
     verb.add_argument("out", type=Path)
@@ -718,6 +797,18 @@ def _parser() -> argparse.ArgumentParser:
         "--source", type=Path, nargs="+", default=[], metavar="PATH", help="archives or folders to take it from"
     )
     verb.add_argument("--classes", type=Path, metavar="FILE", help="imagenet100: its 100 wnids")
+
+    verb = add("pack-shards", pack_shards)
+    verb.add_argument("folder", type=Path, metavar="FOLDER", help="a data set with train/<class>/ and val/<class>/")
+    verb.add_argument("out", type=Path, metavar="OUT", help="a new folder, or one that was begun with the same options")
+    verb.add_argument("--shard-size", default="256MB", metavar="SIZE", help="of a shard at most (default 256MB)")
+    verb.add_argument("--short-side", type=int, metavar="PIXELS", help="encode larger pictures again, this short")
+    verb.add_argument("--quality", type=int, metavar="Q", help="of JPEG with --short-side, 1 to 100 (default 90)")
+    verb.add_argument("--processes", type=int, metavar="N", help="that write (default: one a core)")
+
+    verb = add("check-data", check_data)
+    verb.add_argument("root", type=Path, metavar="ROOT", help="a data set's folder, of pictures or shards")
+    verb.add_argument("--processes", type=int, metavar="N", help="that read and decode (default: one a core)")
 
     verb = add("demo", demo)
     verb.add_argument("--method", default="simclr")

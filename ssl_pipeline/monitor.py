@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,12 @@ from torch import Tensor
 from ssl_pipeline import config, distributed
 from ssl_pipeline.run_folder import duration, read_lines
 
+log = logging.getLogger("ssl_pipeline")
+
 T = TypeVar("T")
+
+SLOW, PATIENCE, SILENCE = 0.05, 60.0, 600.0
+"""Share of time waiting for data, seconds for which it lasts before a word is said, and seconds until it is said again."""
 
 TIME_KEYS = ("images_per_second", "data_wait", "seconds_left")
 """Keys of metrics.jsonl that depend on the clock; all others are functions of the config and the data."""
@@ -45,6 +51,7 @@ class Monitor:
         batch_size: pictures in a step, over all ranks.
         steps: steps at which the run ends.
         start_step: steps done before; what was logged after it, by a process that died, is dropped.
+        remedy: which setting to try where training waits for data.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Monitor:
         batch_size: int,
         steps: int,
         start_step: int = 0,
+        remedy: Callable[[], str] | None = None,
     ) -> None:
         self.options, self.world, self.batch_size, self.steps = options, world, batch_size, steps
         self._names: list[str] = []
@@ -64,6 +72,10 @@ class Monitor:
         self._clock: float | None = None
         self._waited = 0.0
         self._since = start_step
+        self._remedy = remedy
+        self._slow = (0.0, 0.0)
+        """Seconds without a logged interval that waited less than SLOW of its time, and of these seconds those waited."""
+        self._told = -math.inf
         if world.is_main:
             _drop_after(metrics, start_step)
             self._metrics = metrics.open("a", encoding="utf-8")
@@ -133,7 +145,21 @@ class Monitor:
                 if self._writer is not None and value is not None and name != "step":
                     self._writer.add_scalar(name, value, step)
             print(self._line(values), file=sys.stderr, flush=True)
+            if seconds > 0:
+                self._tell_of_waiting(seconds, now)
         self.tick(step)
+
+    def _tell_of_waiting(self, seconds: float, now: float) -> None:
+        """Say once in SILENCE seconds what to try, where training has waited for data for PATIENCE seconds."""
+        if self._remedy is None or self._waited <= SLOW * seconds:
+            self._slow = (0.0, 0.0)
+            return
+        self._slow = (self._slow[0] + seconds, self._slow[1] + self._waited)
+        passed, waited = self._slow
+        if passed >= PATIENCE and now - self._told >= SILENCE:
+            self._told = now
+            share = f"{100 * waited / passed:.0f} % of the last {duration(passed)}"
+            log.warning("training waited for data %s; %s", share, self._remedy())
 
     def note(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write values of `step` that are no sums over steps, as a row of their own."""

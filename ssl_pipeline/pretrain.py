@@ -24,7 +24,7 @@ from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, dis
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, pretraining_index
-from ssl_pipeline.data.loader import Loader, require_dali
+from ssl_pipeline.data.loader import Loader, require_dali, require_shuffle
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.evaluation.online import Online, validation_pictures
 from ssl_pipeline.evaluation.online import Options as OnlineOptions
@@ -87,7 +87,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     world = distributed.start()
     run = RunFolder(output)
     if not world.is_main:
-        log.setLevel(logging.WARNING)  # one rank tells how the run goes; each names the files that it cannot read
+        log.setLevel(logging.WARNING)  # one rank tells how the run goes
 
     def read_pictures() -> tuple[Index | None, BadInput | None]:
         require_dali()
@@ -95,6 +95,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
             index = pretraining_index(options.data.root, options.data.unlabelled)
         except BadInput as error:  # perhaps on this node alone
             return None, error
+        require_shuffle(options.data.shuffle, index)
         require_possible(options, world.size, len(index))
         return index, None
 
@@ -104,7 +105,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
             cluster.require_progress(run.events())
 
     try:
-        index, error = distributed.together(read_pictures)
+        index, error = distributed.in_turn(read_pictures)  # one lists a folder, the others find its listing
         text = config.dump_yaml(options.model_dump(mode="json"))
         listing = index.digest() if index is not None else "missing"
         digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": listing}
@@ -159,6 +160,11 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
         threads=options.data.threads,
         readers=options.data.readers,
         prefetch=options.data.prefetch,
+        shuffle=options.data.shuffle,
+        window=options.data.shuffle_window,
+        exact=options.data.exact,
+        decode=options.data.decode,
+        augment=options.data.augment,
     )
     steps = len(data) * options.epochs
     end = min(steps, options.max_steps or steps)
@@ -187,7 +193,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
     model = distributed.wrap(method, device)
     optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
     width = backbone.width(method.backbone)
-    val = distributed.together(lambda: validation_pictures(options.online, options.data))
+    val = distributed.in_turn(lambda: validation_pictures(options.online, options.data))
     online = Online(options.online, options.data, width, options.backbone, index, val, options.seed, world)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
@@ -203,7 +209,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
 
     if state:
         distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
-    watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step)
+    watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step,
+                    remedy=data.remedy)  # fmt: skip
     if state:
         watch.load_state_dict(state["monitor"])
         online.load(state.get("online", {}))
@@ -285,7 +292,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 if last:
                     break
     watch.close()
-    if data.bad:
+    if data.bad and world.is_main:  # whom the last logged step told of all
         log.warning("%s", data.bad_summary())
     log.info("%s is finished: %d steps; backbone in %s", run.path, step, run.backbone)
     return _ended(run, world, Status.DONE, step)
@@ -354,7 +361,10 @@ def _restore(
 def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     """What follows from a config on a number of ranks: batch, steps, rates, parameters, head, views. Runs nothing."""
     root = options.data.root / "train"
-    samples = len(pretraining_index(options.data.root, options.data.unlabelled)) if root.is_dir() else None
+    index = pretraining_index(options.data.root, options.data.unlabelled) if root.is_dir() else None
+    samples = len(index) if index is not None else None
+    if index is not None:
+        require_shuffle(options.data.shuffle, index)
     with torch.device("meta"):
         method = build_method(options)
     batch = options.data.batch_size

@@ -212,6 +212,8 @@ def test_tools_are_the_verbs() -> None:
         ("report", "report"),
         ("convert_to_detectron2", "convert-to-detectron2"),
         ("train_detectron2", "train-detectron2"),
+        ("pack_shards", "pack-shards"),
+        ("check_data", "check-data"),
     ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True

@@ -249,3 +249,24 @@ def _means_of(layouts: list[list[int]]) -> list[torch.Tensor]:
 def test_the_mean_of_gradients_does_not_depend_on_the_order_of_the_bucket() -> None:
     for first, second in on_ranks(4, _means_of, [[0, 1, 2], [2, 0, 1]]):
         assert torch.equal(first, second)
+
+
+def _turns(folder: str) -> list[int]:
+    """The ranks that were before this one; the node's first ranks are 0 and 2."""
+    rank = distributed.rank()
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+
+    def act() -> list[int]:
+        there = sorted(int(name) for name in os.listdir(folder))
+        open(os.path.join(folder, str(rank)), "w").close()
+        return there
+
+    return distributed.in_turn(act)
+
+
+def test_the_main_rank_comes_first_then_one_of_each_node_then_the_rest(tmp_path) -> None:
+    found = on_ranks(4, _turns, str(tmp_path))
+    assert found[0] == []
+    assert found[2] == [0]
+    assert {0, 2} <= set(found[1])
+    assert {0, 2} <= set(found[3])

@@ -88,3 +88,36 @@ def test_views_are_shown_as_pictures(tmp_path: Path) -> None:
     factor = shown.shape[0] // (8 * 36 + 4)
     first = shown[::factor, ::factor][4:36, 4:36]
     assert np.abs(first - pixels[0].permute(1, 2, 0).numpy() * 255).max() <= 1
+
+
+def test_who_waits_for_data_is_told_what_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("ssl_pipeline.monitor.time.monotonic", lambda: clock[0])
+    watch = Monitor(monitor.Options(tensorboard=False), tmp_path / "m", tmp_path, distributed.start(), 4, 99,
+                    remedy=lambda: "try data.threads=8")  # fmt: skip
+    watch.tick(0)
+    step = 0
+
+    def interval(seconds: float, share: float) -> int:
+        """How often it has been said, after an interval of training of which a share waited."""
+        nonlocal step
+
+        def batch():
+            clock[0] += share * seconds
+            yield 1
+
+        for _ in watch.timed(batch()):
+            clock[0] += (1 - share) * seconds
+            watch.add(values(1.0), YES)
+        step += 1
+        watch.log(step, 0, {}, 0)
+        return caplog.text.count("try data.threads=8")
+
+    assert [interval(30, 0.04) for _ in range(4)] == [0] * 4
+    assert [interval(25, 0.2), interval(25, 0.4), interval(25, 0.01)] == [0] * 3  # under a minute
+    assert [interval(25, 0.2), interval(25, 0.4), interval(25, 0.3)] == [0, 0, 1]
+    assert "training waited for data 30 % of the last" in caplog.text
+    assert [interval(100, 0.5) for _ in range(5)] == [1] * 5
+    assert interval(100, 0.5) == 2

@@ -7,11 +7,12 @@ and both functions are the same for "cpu" and "gpu".
 Jitter and gray are linear in the pixel x and in the mean m of its picture: x -> A x + B m, with 3 x 3 matrices A and B.
 Products of such maps are such maps, so consecutive ones become ONE pass over the picture, whatever their order:
 (A2, B2) after (A1, B1) is (A2 A1, A2 B1 + B2 (A1 + B1)). The reference (torchvision on PIL) clips to 0..255 after each
-operation; this clips once, after the product.
+operation; this clips once, after the product, or, where `exact` is asked for, after each map in the order that was drawn.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[float, float]
 Map = tuple[np.ndarray, np.ndarray]
 """(A, B), each (N, 3, 3): x -> A x + B m."""
+Arrays = list[Any]
+"""Of N rows each: arrays (N, ...), or lists of N arrays where their shapes differ."""
 
 GRAY = np.array([0.299, 0.587, 0.114])
 """Weights of ITU-R 601-2, as PIL's convert("L")."""
@@ -43,7 +46,7 @@ class Operation(config.Options):
     draws: ClassVar[int] = 0
     """Uniform numbers used for each sample."""
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         """Arrays of N rows from uniform numbers u (N, draws), for pictures of `sizes` (N, 2: height, width)."""
         return []
 
@@ -52,7 +55,7 @@ class Operation(config.Options):
         return sizes
 
     def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
-        """The DALI graph of this step on uint8 images (H, W, 3)."""
+        """The DALI graph of this step on uint8 images, (H, W, 3) or (3, H, W) as their layout says."""
         raise AssertionError(f"{type(self).__name__} is applied as part of a linear map")
 
 
@@ -100,7 +103,7 @@ class CropResize(_Resize):
             raise ValueError("two numbers above 0 are needed, the smaller one first")
         return value
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
         area = _between(u[:, 0:10], *self.scale) * height * width
         aspect = np.exp(_between(u[:, 10:20], math.log(self.ratio[0]), math.log(self.ratio[1])))
@@ -132,7 +135,7 @@ class CenterCrop(_Resize):
     resize: int = Field(256, gt=0)
     """Length of the shorter side, in pixels, before the crop."""
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         side = sizes.min(axis=1, keepdims=True) * (size / self.resize)
         start = (sizes - side) / 2
         return [start.astype(np.float32), (start + side).astype(np.float32)]
@@ -150,7 +153,7 @@ class Affine(Operation):
 
     draws: ClassVar[int] = 4
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         angle = np.deg2rad(_between(u[:, 0], -self.degrees, self.degrees))
         zoom = _between(u[:, 1], *self.scale)
         shift = _between(u[:, 2:4], -self.translate, self.translate) * sizes[:, ::-1]
@@ -164,6 +167,7 @@ class Affine(Operation):
     def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
         from nvidia.dali import fn, types
 
+        images = _laid_out(images, "HWC")  # warp_affine takes nothing else
         return fn.warp_affine(images, matrix=arguments[0], fill_value=0, interp_type=types.INTERP_LINEAR)
 
 
@@ -175,7 +179,7 @@ class Flip(Operation):
 
     draws: ClassVar[int] = 1
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         return [(u[:, 0] < self.probability).astype(np.int32)]
 
     def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
@@ -193,45 +197,68 @@ class Blur(Operation):
 
     draws: ClassVar[int] = 2
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
         sigma = _between(u[:, 1], *self.sigma)
-        # A window of one pixel is the identity: DALI then copies.
-        window = np.where(u[:, 0] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
-        return [sigma.astype(np.float32), window.astype(np.int32)]
+        # A window of one pixel is the identity, at a twentieth of the cost of the whole view.
+        radius = np.where(u[:, 0] < self.probability, np.ceil(3 * sigma), 0).astype(int)
+        windows = [_gaussian(s, r) for s, r in zip(sigma, radius, strict=True)]
+        return [[window[None, :] for window in windows], [window[:, None] for window in windows]]
 
     def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
         from nvidia.dali import fn
 
-        sigma, window = arguments
-        return fn.gaussian_blur(images, sigma=sigma, window_size=window)
+        # Not DALI's gaussian_blur, which takes seven times as long on a CPU (benchmarks/results/loader.md).
+        for window in arguments:
+            images = fn.filter(images, _beside(images, window), border="clamp")
+        return images
+
+
+def _gaussian(sigma: float, radius: int) -> np.ndarray:
+    """exp(-x^2 / 2 sigma^2) at the whole numbers up to `radius`, of sum 1: (2 radius + 1,) float32."""
+    x = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * np.square(x / max(sigma, 1e-3)))
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def _laid_out(images: Any, layout: Literal["HWC", "CHW"]) -> Any:
+    """uint8 images in this layout, whichever they had: faster than DALI's transpose, which must be told that."""
+    from nvidia.dali import fn, types
+
+    return fn.crop_mirror_normalize(images, dtype=types.UINT8, output_layout=layout, mean=[0.0], std=[1.0])
+
+
+def _beside(images: Any, argument: Any) -> Any:
+    """The argument on the device of the images, for operators that take both as inputs."""
+    return argument.gpu() if images.device == "gpu" else argument
 
 
 class Solarize(Operation):
-    """Pixels of 128 and above become 255 - x, which is min(x, 255 - x)."""
+    """Pixels of 128 and above become 255 - x, which is x with all bits turned."""
 
     op: Literal["solarize"]
     probability: Probability = 0.2
 
     draws: ClassVar[int] = 1
 
-    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> list[np.ndarray]:
-        # min(x, 511 - x) is x for every byte: a picture that is not solarized takes the same path, without a branch.
-        return [np.where(u[:, 0] < self.probability, 255, 511).astype(np.int16)]
+    def parameters(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Arrays:
+        # No byte is above 255: a picture that is not solarized takes the same path, without a branch.
+        return [np.where(u[:, 0] < self.probability, 127, 255).astype(np.uint8)]
 
     def nodes(self, images: Any, arguments: list[Any], size: int) -> Any:
-        from nvidia.dali import fn, math, types
-
-        wide = fn.cast(images, dtype=types.INT16)
-        top = arguments[0].gpu() if images.device == "gpu" else arguments[0]
-        return fn.cast(math.min(wide, top - wide), dtype=types.UINT8)
+        # Bytes all the way: no operand is wider than uint8.
+        return images ^ ((images > _beside(images, arguments[0])) * np.uint8(255))
 
 
 class _Linear(Operation):
     """An operation x -> A x + B m of the pixel x and the mean m of its picture."""
 
-    def matrices(self, u: np.ndarray) -> Map:
-        """A and B, each (N, 3, 3)."""
+    def steps(self, u: np.ndarray) -> list[Map]:
+        """The maps that the reference clips one by one, in the order in which they are applied."""
         raise NotImplementedError
+
+    def matrices(self, u: np.ndarray) -> Map:
+        """A and B of all steps together, each (N, 3, 3)."""
+        return functools.reduce(lambda whole, step: _compose(step, whole), self.steps(u))
 
 
 _GRAY_ROWS = np.broadcast_to(GRAY, (3, 3))
@@ -275,7 +302,7 @@ class Jitter(_Linear):
 
     draws: ClassVar[int] = 6
 
-    def matrices(self, u: np.ndarray) -> Map:
+    def steps(self, u: np.ndarray) -> list[Map]:
         brightness = _between(u[:, 1], max(0.0, 1 - self.brightness), 1 + self.brightness)[:, None, None]
         contrast = _between(u[:, 2], max(0.0, 1 - self.contrast), 1 + self.contrast)[:, None, None]
         saturation = _between(u[:, 3], max(0.0, 1 - self.saturation), 1 + self.saturation)
@@ -285,11 +312,10 @@ class Jitter(_Linear):
         b[:, 1] = (1 - contrast) * _GRAY_ROWS
         order = _ORDERS[np.minimum((u[:, 5] * 24).astype(int), 23)]
         rows = np.arange(len(u))
-        whole = a[rows, order[:, 0]], b[rows, order[:, 0]]
-        for place in (1, 2, 3):
-            whole = _compose((a[rows, order[:, place]], b[rows, order[:, place]]), whole)
         applied = (u[:, 0] < self.probability)[:, None, None]
-        return np.where(applied, whole[0], np.eye(3)), np.where(applied, whole[1], 0.0)
+        return [
+            (np.where(applied, a[rows, turn], np.eye(3)), np.where(applied, b[rows, turn], 0.0)) for turn in order.T
+        ]
 
 
 class Gray(_Linear):
@@ -300,9 +326,9 @@ class Gray(_Linear):
 
     draws: ClassVar[int] = 1
 
-    def matrices(self, u: np.ndarray) -> Map:
+    def steps(self, u: np.ndarray) -> list[Map]:
         a = _gray_mix(np.where(u[:, 0] < self.probability, 0.0, 1.0))
-        return a, np.zeros_like(a)
+        return [(a, np.zeros_like(a))]
 
 
 def _compose(second: Map, first: Map) -> Map:
@@ -356,25 +382,27 @@ class ViewSpec(config.Options):
         assert isinstance(last, Normalize)
         return last
 
-    def parameters(self, seed: int, epoch: int, samples: np.ndarray, view: int, sizes: np.ndarray) -> list[np.ndarray]:
+    def parameters(
+        self, seed: int, epoch: int, samples: np.ndarray, view: int, sizes: np.ndarray, exact: bool = False
+    ) -> Arrays:
         """All arrays of one view, in the order in which `nodes` takes them.
 
         `samples` (N,) are ids, `view` is the view's place among all views of a picture, `sizes` (N, 2) the heights and
-        widths of the decoded pictures.
+        widths of the decoded pictures; `exact` keeps linear maps apart.
         """
         u = randomness.uniforms(seed, epoch, samples, view, sum(op.draws for op in self.ops))
-        arrays: list[np.ndarray] = []
+        arrays: Arrays = []
         place = 0
         for group in self._groups():
             if isinstance(group[0], _Linear):
-                whole = None
+                maps: list[Map] = []
                 for op in group:
                     assert isinstance(op, _Linear)
-                    step = op.matrices(u[:, place : place + op.draws])
-                    whole = step if whole is None else _compose(step, whole)
+                    maps += op.steps(u[:, place : place + op.draws])
                     place += op.draws
-                assert whole is not None
-                arrays += [part.astype(np.float32) for part in whole]
+                if not exact:
+                    maps = [functools.reduce(lambda whole, step: _compose(step, whole), maps)]
+                arrays += [part.astype(np.float32) for pair in maps for part in pair]
             else:
                 (op,) = group
                 arrays += op.parameters(u[:, place : place + op.draws], sizes, self.size)
@@ -389,12 +417,14 @@ class ViewSpec(config.Options):
             )
         return arrays
 
-    def nodes(self, images: Any, arguments: Sequence[Any]) -> Any:
-        """The DALI graph from decoded uint8 images (H, W, 3) to float32 views (3, S, S)."""
+    def nodes(self, images: Any, arguments: Sequence[Any], exact: bool = False) -> Any:
+        """The DALI graph from decoded uint8 images (H, W, 3) to float32 views (3, S, S); `exact` as in `parameters`."""
         left = list(arguments)
         for group in self._groups():
             if isinstance(group[0], _Linear):
-                images = _linear_nodes(images, left.pop(0), left.pop(0))
+                counts = [len(op.steps(np.zeros((1, op.draws)))) for op in group if isinstance(op, _Linear)]
+                for _ in range(sum(counts) if exact else 1):
+                    images = _linear_nodes(images, left.pop(0), left.pop(0))
             else:
                 taken = len(group[0].parameters(np.zeros((1, group[0].draws)), np.ones((1, 2)), self.size))
                 images = group[0].nodes(images, left[:taken], self.size)
@@ -413,9 +443,20 @@ class ViewSpec(config.Options):
 
 
 def _linear_nodes(images: Any, a: Any, b: Any) -> Any:
+    """A x + B m, rounded and clipped once, of uint8 images: (3, H, W) on a CPU, (H, W, 3) on a GPU."""
     from nvidia.dali import fn, types
 
-    mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
-    # Added, not given as coord_transform's T: that argument must lie on the host, where a GPU's mean is not.
-    mapped = fn.coord_transform(images, M=a) + fn.coord_transform(mean, M=b)
-    return fn.cast(mapped, dtype=types.UINT8)
+    if images.device == "gpu":
+        mean = fn.reductions.mean(images, axes=[0, 1], keep_dims=True)
+        # Added, not given as coord_transform's T: that argument must lie on the host, where a GPU's mean is not.
+        mapped = fn.coord_transform(images, M=a) + fn.coord_transform(mean, M=b)
+        return fn.cast(mapped, dtype=types.UINT8)
+    # DALI's coord_transform takes twice as long on a CPU as its filter, which here slides nowhere: it is as high as the
+    # picture, whose rows are the three channels and, for B m, one of 255.
+    planes = _laid_out(images, "CHW")
+    mean = fn.reductions.mean(images, axis_names="HW")
+    added = fn.coord_transform(fn.reshape(mean, shape=[1, 3]), M=b) / 255.0
+    weights = fn.cat(a, fn.reshape(added, shape=[3, 1]), axis=1)
+    rows = fn.pad(fn.reshape(planes, shape=[3, -1], layout="HW"), axes=[0], shape=[4], fill_value=255)
+    mapped = fn.cat(*(fn.filter(rows, fn.reshape(weights[c], shape=[4, 1]), mode="valid") for c in range(3)), axis=0)
+    return fn.reshape(mapped, planes.shape(), layout="CHW")

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,13 +28,15 @@ from ssl_pipeline import config, distributed
 from ssl_pipeline.data import randomness
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.index import Index
+from ssl_pipeline.data.listing import FORMATS
 from ssl_pipeline.distributed import World
 from ssl_pipeline.exits import BadInput
 
 log = logging.getLogger("ssl_pipeline")
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""What DALI decodes, by PIL's names."""
+
+Decode = Literal["cpu", "mixed"]
+Augment = Literal["cpu", "gpu"]
 
 
 class Options(config.Options):
@@ -47,6 +50,12 @@ class Options(config.Options):
     """Folders below `root`, beside train, whose pictures are pretrained on too; no evaluation sees them."""
     views: list[ViewSpec] = Field(min_length=1)
     """The training views of each picture."""
+    decode: Decode | None = None
+    """Where pictures are decoded: `cpu`, or `mixed`, Huffman codes on the CPU and the rest on the GPU. None: by the device."""
+    augment: Augment | None = None
+    """Where views are made of decoded pictures. None: by the device."""
+    exact: bool = False
+    """Clip colours after each operation, as the reference does, not once after all: one pass more each (docs/data.md)."""
     evaluation_view: ViewSpec
     """The one un-augmented view for evaluations."""
     labelled_view: ViewSpec | None = None
@@ -56,6 +65,10 @@ class Options(config.Options):
     """Which linear probe is the data set's own: `small`, Adam on features; `imagenet`, SGD on augmented pictures."""
     batch_size: int = Field(gt=0)
     """Pictures in a step, over all ranks."""
+    shuffle: Literal["global", "shards"] = "global"
+    """Order of an epoch: of all samples, or, for disks that seek badly, of shards and then of the samples in a window."""
+    shuffle_window: int = Field(64, gt=0)
+    """Shards among which samples are mixed with `shuffle: shards`. Classes mix no further than that."""
     threads: int | None = Field(None, gt=0)
     """DALI threads a rank; by default the node's cores over its ranks."""
     readers: int = Field(4, gt=0)
@@ -112,6 +125,30 @@ def require_dali() -> None:
         ) from None
 
 
+def require_shuffle(shuffle: str, index: Index) -> None:
+    """Raises BadInput where a folder of pictures is to be read shard by shard."""
+    if shuffle == "shards" and index.spans is None:
+        raise BadInput(
+            f"data.shuffle = shards reads tar shards, and {str(index.root)!r} is a folder of pictures: make shards of it with "
+            "`ssl-pipeline pack-shards`, or give data.shuffle=global"
+        )
+
+
+def placement(decode: Decode | None, augment: Augment | None, device: torch.device) -> tuple[Decode, Augment]:
+    """Where the two halves of the work are done on this device. Raises BadInput where they cannot be done there."""
+    gpu = device.type == "cuda"
+    if not gpu and (decode == "mixed" or augment == "gpu"):
+        asked = "data.decode=mixed" if decode == "mixed" else "data.augment=gpu"
+        raise BadInput(f"{asked} needs a GPU and torch sees none here: leave it out, or run where there is one")
+    if decode == "mixed" and augment == "cpu":
+        raise BadInput(
+            "data.decode=mixed leaves pictures on the GPU, out of reach of data.augment=cpu: take decode=cpu"
+        )
+    if not gpu:
+        return "cpu", "cpu"
+    return decode or ("cpu" if augment == "cpu" else "mixed"), augment or "gpu"
+
+
 class Loader:
     """An endless sequence of epochs; `for batch in loader` yields the rest of the current one.
 
@@ -124,8 +161,12 @@ class Loader:
         threads: DALI threads; None: the node's cores over its ranks.
         readers: files read at a time.
         prefetch: batches made ahead.
+        exact: colours are clipped after each operation of a view.
+        decode, augment: where; None: by the device (`placement`).
         training: shuffled, incomplete last batch dropped, epoch after epoch. Otherwise: one pass in the order of the
             ids, nothing dropped; rank r has samples r, r + W, ...
+        shuffle: `global` or, of shards, `shards`, as in Options.
+        window: shards in a window of the latter.
     """
 
     def __init__(
@@ -139,9 +180,16 @@ class Loader:
         threads: int | None = None,
         readers: int = 4,
         prefetch: int = 2,
+        exact: bool = False,
+        decode: Decode | None = None,
+        augment: Augment | None = None,
         training: bool = True,
+        shuffle: Literal["global", "shards"] = "global",
+        window: int = 64,
     ) -> None:
         require_dali()
+        require_shuffle(shuffle, index)
+        self.decode, self.augment = placement(decode, augment, world.device)
         self.index = index
         self.views = [view for view in views for _ in range(view.count)]
         self.batch_size = batch_size
@@ -149,13 +197,20 @@ class Loader:
         self.world = world
         self.threads = _threads(threads, world)
         self.prefetch = prefetch
+        self.exact = exact
         self.training = training
+        self.shuffle = shuffle
+        self.window = window
         self.epoch = 0
         self.consumed = 0
         """Samples of this epoch that all ranks together have been given."""
         self.bad: dict[int, str] = {}
-        """Unreadable samples that this rank met, with the reason."""
+        """Unreadable samples that this rank met or was told of by `all_bad`, with the reason."""
+        self._shared: set[int] = set()
         self._bad_lock = threading.Lock()
+        self.readers = readers
+        self._waited = {"reading": 0.0, "all": 0.0}
+        """Seconds that the caller waited since the last `remedy`: for bytes, and altogether."""
         self._reader_pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
         self._order: tuple[int, np.ndarray] | None = None
@@ -178,23 +233,36 @@ class Loader:
     # ------------------------------------------------------------------------------------------------------- its state
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch lies, and what is unreadable: the same on all ranks, which must all call it."""
-        reasons = {sample: self.bad.get(sample, "met by another rank") for sample in sorted(self.all_bad())}
-        return {"epoch": self.epoch, "consumed": self.consumed, "bad": reasons}
+        return {"epoch": self.epoch, "consumed": self.consumed, "bad": dict(sorted(self.all_bad().items()))}
 
-    def all_bad(self) -> set[int]:
-        """Unreadable samples that any rank met. All ranks must call it."""
-        return distributed.union(list(self.bad))
+    def all_bad(self) -> dict[int, str]:
+        """Unreadable samples that any rank met, with the reason; names those that are new. All ranks must call it."""
+        with self._bad_lock:
+            new = {sample: reason for sample, reason in self.bad.items() if sample not in self._shared}
+        if distributed.union(list(new)):
+            found = {int(s): reason for row in distributed.gather_json(list(new.items())) for s, reason in row}
+            with self._bad_lock:
+                self.bad = found | self.bad
+            self._shared |= set(found)
+            # Here, by one rank: two may meet the same file before they can tell each other.
+            for sample, reason in sorted(found.items()) if self.world.is_main else ():
+                log.warning("unreadable picture %s: %s; another takes its place", self.index.name(sample), reason)
+        with self._bad_lock:
+            return dict(self.bad)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; what was made ahead is dropped."""
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self.bad = dict(state["bad"])
+        self._shared = set(self.bad)
         self._discard()
 
     # -------------------------------------------------------------------------------------------------------- iteration
     def __iter__(self) -> Iterator[Batch]:
         while self.consumed // self.batch_size < self._steps_here():
+            start = time.monotonic()
             batch = self._take()
+            self._waited["all"] += time.monotonic() - start
             self.consumed += self.batch_size
             yield batch
         self.epoch, self.consumed = self.epoch + 1, 0
@@ -225,26 +293,27 @@ class Loader:
 
         gpu = self.world.device.type == "cuda"
         one = np.zeros(1, dtype=np.int64)
-        counts = [len(view.parameters(0, 0, one, 0, np.full((1, 2), view.size))) for view in self.views]
+        counts = [len(view.parameters(0, 0, one, 0, np.full((1, 2), view.size), self.exact)) for view in self.views]
 
         @pipeline_def(
             batch_size=-(-self.batch_size // self.world.size),
             num_threads=self.threads,
             device_id=self.world.device.index if gpu else None,
             prefetch_queue_depth=self.prefetch,
+            exec_dynamic=True,
             seed=0,  # no operator of this graph draws anything
         )
         def graph() -> Any:
             inputs = fn.external_source(source=self._feed, num_outputs=1 + sum(counts), batch=True)
             # PIL, and so every published recipe, ignores the EXIF orientation; the header's size is then the picture's.
-            images = fn.decoders.image(
-                inputs[0], device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-            )
+            images = fn.decoders.image(inputs[0], device=self.decode, output_type=types.RGB, adjust_orientation=False)
+            if (self.decode, self.augment) == ("cpu", "gpu"):
+                images = images.gpu()
             outputs, place = [], 1
             for view, count in zip(self.views, counts, strict=True):
-                outputs.append(view.nodes(images, inputs[place : place + count]))
+                outputs.append(view.nodes(images, inputs[place : place + count], self.exact))
                 place += count
-            return tuple(outputs)
+            return tuple(output.gpu() if gpu and self.augment == "cpu" else output for output in outputs)
 
         for _ in range(self.prefetch):
             self._schedule()
@@ -256,7 +325,9 @@ class Loader:
         """DALI's callback: the next batch that the host prepared."""
         if not self._ahead:
             raise StopIteration
+        start = time.monotonic()
         prepared = self._ahead.popleft().result()
+        self._waited["reading"] += time.monotonic() - start
         self._schedule()
         self._inside.append(prepared)
         return prepared.arrays
@@ -270,6 +341,24 @@ class Loader:
             self._next = (epoch, step + 1)
         else:
             self._next = (epoch + 1, 0) if self.training else None
+
+    def remedy(self) -> str:
+        """Which setting to try where training waits for this loader, by which half of it was waited for since last asked."""
+        reading = self._waited["reading"] > 0.5 * self._waited["all"]
+        self._waited = {"reading": 0.0, "all": 0.0}
+        if reading:
+            return f"reading files is what takes long: try data.readers={2 * self.readers}"
+        if self.world.device.type == "cuda" and self.augment == "cpu":
+            return "making views is what takes long: try data.augment=gpu"
+        if self.world.device.type == "cuda" and self.decode == "cpu":
+            return "decoding is what takes long: try data.decode=mixed"
+        cores = _threads(None, self.world)
+        if self.threads < cores:
+            return f"decoding and making views is what takes long: try data.threads={cores}"
+        return (
+            f"decoding and making views is what takes long, and data.threads={self.threads} has all cores of this rank: try "
+            "more cores a rank (--cpus-per-task), or store smaller pictures"
+        )
 
     def close(self) -> None:
         """Give back the pipeline and the threads; the loader is not used again, but for what it counted."""
@@ -289,13 +378,18 @@ class Loader:
     def ids(self, epoch: int, step: int) -> np.ndarray:
         """Ids of this rank's samples in a step, before any replacement."""
         if self._order is None or self._order[0] != epoch:
-            count = len(self.index)
-            self._order = (
-                epoch,
-                randomness.permutation(self.seed, epoch, count) if self.training else np.arange(count),
-            )
+            self._order = (epoch, self._epoch_order(epoch))
         whole = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         return whole[self.world.rank :: self.world.size]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """Ids of the whole epoch, of all ranks, (N,) int64."""
+        if not self.training:
+            return np.arange(len(self.index))
+        if self.shuffle == "shards":
+            assert self.index.spans is not None
+            return randomness.windowed_permutation(self.seed, epoch, self.index.spans[:, 0], self.window)
+        return randomness.permutation(self.seed, epoch, len(self.index))
 
     def _prepare(self, epoch: int, step: int) -> _Prepared:
         wanted = self.ids(epoch, step)
@@ -305,7 +399,7 @@ class Loader:
         arrays: list[Any] = [[data for _, data, _ in read]]
         for place, view in enumerate(self.views):
             # Keyed by the wanted id, not by the replacement's: a view of a good picture never depends on a bad one.
-            arrays += view.parameters(self.seed, epoch, wanted, place, sizes)
+            arrays += view.parameters(self.seed, epoch, wanted, place, sizes, self.exact)
         return _Prepared(ids, arrays)
 
     def _read(self, epoch: int, wanted: int) -> tuple[int, np.ndarray, tuple[int, int]]:
@@ -322,12 +416,7 @@ class Loader:
 
     def _mark_bad(self, sample: int, reason: str) -> None:
         with self._bad_lock:
-            if sample in self.bad:
-                return
-            self.bad[sample] = reason
-        log.warning(
-            "unreadable picture %s: %s; another takes its place", self.index.root / self.index.paths[sample], reason
-        )
+            self.bad.setdefault(sample, reason)
 
     def require_readable(self, most: float) -> None:
         """Raises BadInput, on all ranks alike, where all of them together met more than this share of unreadable pictures.
@@ -338,26 +427,25 @@ class Loader:
         if bad > most * len(self.index):
             raise BadInput(
                 f"{bad} of {len(self.index)} pictures in {str(self.index.root)!r} are unreadable, more than "
-                f"data.max_bad_fraction = {most}; mend them or raise data.max_bad_fraction; on this rank {self.bad_summary()}"
+                f"data.max_bad_fraction = {most}; mend them or raise data.max_bad_fraction; {self.bad_summary()}"
             )
 
     def bad_summary(self, most: int = 20) -> str:
-        """One line with the unreadable pictures that this rank met."""
-        names = [f"{self.index.paths[sample]} ({reason})" for sample, reason in sorted(self.bad.items())[:most]]
-        more = f" and {len(self.bad) - most} more" if len(self.bad) > most else ""
-        return f"{len(self.bad)} unreadable: {', '.join(names)}{more}"
+        """One line with the unreadable pictures in `bad`."""
+        with self._bad_lock:
+            bad = sorted(self.bad.items())
+        names = [f"{self.index.paths[sample]} ({reason})" for sample, reason in bad[:most]]
+        more = f" and {len(bad) - most} more" if len(bad) > most else ""
+        return f"{len(bad)} unreadable: {', '.join(names)}{more}"
 
     def _without_the_undecodable(self, error: RuntimeError) -> Any:
         """After a decode error DALI's pipeline is dead and does not always name the file: find it, and build anew."""
-        suspects = list(self._inside)
-        found = False
-        for prepared in suspects:
-            for sample, data in zip(prepared.ids, prepared.arrays[0], strict=True):
-                if not decodes(data, self.world.device):
-                    self._mark_bad(int(sample), "DALI cannot decode it")
-                    found = True
+        suspects = [pair for prepared in self._inside for pair in zip(prepared.ids, prepared.arrays[0], strict=True)]
+        found = undecodable([data for _, data in suspects], self.decode, self.world.device, self.threads)
         if not found:
             raise error
+        for place in found:
+            self._mark_bad(int(suspects[place][0]), "DALI cannot decode it")
         self._discard()
         self._next = (self.epoch, self.consumed // self.batch_size)
         self._pipeline = self._build()
@@ -367,16 +455,28 @@ class Loader:
             return self._without_the_undecodable(again)  # ends: each round marks at least one more file
 
 
-def decodes(data: np.ndarray, device: torch.device) -> bool:
-    """Whether DALI decodes this picture, by the decoder of that device."""
+def undecodable(pictures: Sequence[np.ndarray], decode: Decode, device: torch.device, threads: int = 1) -> list[int]:
+    """Places of the encoded pictures that DALI does not decode, by that decoder: bisected.
+
+    One in n costs about 2 log2 n small pipelines and two decodings of all; each in a pipeline of its own would cost n.
+    """
+    if not pictures or decodes(pictures, decode, device, threads):
+        return []
+    if len(pictures) == 1:
+        return [0]
+    half = len(pictures) // 2
+    second = undecodable(pictures[half:], decode, device, threads)
+    return undecodable(pictures[:half], decode, device, threads) + [half + place for place in second]
+
+
+def decodes(pictures: Sequence[np.ndarray], decode: Decode, device: torch.device, threads: int = 1) -> bool:
+    """Whether DALI decodes all of these encoded pictures, by that decoder."""
     from nvidia.dali import fn, pipeline_def, types
 
-    gpu = device.type == "cuda"
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device.index if gpu else None, prefetch_queue_depth=1)
+    @pipeline_def(batch_size=len(pictures), num_threads=threads, device_id=device.index, prefetch_queue_depth=1)
     def graph() -> Any:
-        encoded = fn.external_source(source=lambda: [data], batch=True)
-        return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+        encoded = fn.external_source(source=lambda: list(pictures), batch=True)
+        return fn.decoders.image(encoded, device=decode, output_type=types.RGB, adjust_orientation=False)
 
     try:
         pipeline = graph()
@@ -388,11 +488,13 @@ def decodes(data: np.ndarray, device: torch.device) -> bool:
 
 
 def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A torch tensor of DALI's output, copied, since DALI fills the same memory again."""
+    """A torch tensor of DALI's output, which DALI does not write to again."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     dense = output.as_tensor()
+    if device.type == "cpu":
+        return torch.from_dlpack(dense)  # not copied: the dynamic executor leaves an output to whoever holds it
+    # Copied: whether DALI gives memory back in the order of torch's stream, nobody has tried here.
     tensor = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, tensor, cuda_stream=stream)
+    feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(device))
     return tensor

@@ -34,6 +34,19 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator(seed, Purpose.ORDER, epoch).permutation(count)
 
 
+def windowed_permutation(seed: int, epoch: int, shards: np.ndarray, window: int) -> np.ndarray:
+    """An order of samples, (N,) int64, that reads few shards at a time: `shards` (N,) is the shard of each sample.
+
+    The shards are put into a random order and cut into windows of `window` (the last one may have fewer); within each
+    window all samples are in random order. Every sample once; a function of (seed, epoch) and the shards alone.
+    """
+    draws = generator(seed, Purpose.ORDER, epoch, 1)
+    count = int(shards.max()) + 1
+    place = np.empty(count, dtype=np.int64)
+    place[draws.permutation(count)] = np.arange(count)
+    return np.lexsort((draws.random(len(shards)), place[shards] // window))
+
+
 def uniforms(seed: int, epoch: int, samples: np.ndarray, view: int, count: int) -> np.ndarray:
     """Numbers in [0, 1) for one view of each sample, (N, count) float64."""
     draws = np.empty((len(samples), count))

@@ -19,7 +19,7 @@ from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import CenterCrop, CropResize, Flip, ViewSpec
-from ssl_pipeline.data.index import Index, class_names, read_index
+from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.run_folder import RunFolder
@@ -106,18 +106,23 @@ def crop_and_flip(view: ViewSpec) -> ViewSpec:
 
 
 def pictures(options: Options, split: str) -> Index:
-    """The labelled pictures of `split`. Raises BadInput where train and val do not have the same classes."""
+    """The labelled pictures of `split`. Raises BadInput where they have no labels, and where train and val do not have the
+    same classes."""
     return pictures_of(options.root, split)
 
 
 def pictures_of(root: Path, split: str) -> Index:
     """The labelled pictures of root/split, as `pictures`."""
     index = read_index(root / split)
+    if not index.classes:
+        raise _unlabelled(root / split)
     for other in ("train", "val"):
         folder = root / other
         if other == split or not folder.is_dir():
             continue
-        names = class_names(folder) if index.spans is None else list(read_index(folder).classes)
+        names = list(read_index(folder).classes)
+        if not names:
+            raise _unlabelled(folder)
         numbered = index.spans is not None and all(name.isdecimal() for name in [*names, *index.classes])
         if names != list(index.classes) and not numbered:
             raise BadInput(
@@ -125,6 +130,13 @@ def pictures_of(root: Path, split: str) -> Index:
                 "the same: give both the same ones"
             )
     return index
+
+
+def _unlabelled(folder: Path) -> BadInput:
+    return BadInput(
+        f"the pictures in {str(folder)!r} have no labels, and this needs them: lay them out as "
+        f"{folder.name}/<class>/<picture>, or measure on another data set by --data FOLDER"
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,8 @@ class Features:
 def extract(options: Options, split: str) -> Features:
     """This rank's features of the readable pictures of `split`. All ranks must call it."""
     world = distributed.start()
-    index, model = distributed.together(lambda: (pictures(options, split), network(options)))
+    index = distributed.in_turn(lambda: pictures(options, split))
+    model = distributed.together(lambda: network(options))
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return features_of(model, index, options, world)
 

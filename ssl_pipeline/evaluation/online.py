@@ -75,6 +75,9 @@ class Online(nn.Module):
         self.index = index.select(labelled) if self.partly else index
         self.on = options.linear and classes > 1
         self.every = options.knn_every_epochs if classes > 1 and val is not None else None
+        if classes < 2 and (options.linear or options.knn_every_epochs):
+            what = f"{classes} class" if classes else "no labels"
+            log.info("nothing is evaluated while training: the pictures in %s have %s", index.root, what)
         self._val = val
         self._source = features.Options(
             weights=None, backbone=architecture, root=data.root, view=data.evaluation_view,

@@ -40,9 +40,8 @@ def run(source: features.Options, recipe: Recipe, preset: str, parent: Path) -> 
     Raises BadInput for what cannot work, Stop with status 75 after a signal.
     """
     world = distributed.start()
-    index, val, network = distributed.together(
-        lambda: (features.pictures(source, "train"), features.pictures(source, "val"), features.network(source))
-    )
+    index, val = distributed.in_turn(lambda: (features.pictures(source, "train"), features.pictures(source, "val")))
+    network = distributed.together(lambda: features.network(source))
     grid = list(
         itertools.product(
             recipe.learning_rates or [recipe.optim.learning_rate], recipe.weight_decays or [recipe.optim.weight_decay]

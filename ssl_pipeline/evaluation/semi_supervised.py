@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from pydantic import Field, PositiveFloat
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data.index import Index
+from ssl_pipeline.data.listing import cache_folder
 from ssl_pipeline.data.randomness import balanced_subset
 from ssl_pipeline.evaluation import features, supervised
 from ssl_pipeline.evaluation.probe import held_out
@@ -66,8 +66,8 @@ def names() -> list[str]:
 
 
 def cache() -> Path:
-    """Where lists are looked for: $SSL_PIPELINE_CACHE, else ~/.cache/ssl_pipeline."""
-    return Path(os.environ.get("SSL_PIPELINE_CACHE") or Path.home() / ".cache" / "ssl_pipeline")
+    """Where lists are looked for: $SSL_PIPELINE_CACHE, else ssl_pipeline in the user's cache folder."""
+    return cache_folder()
 
 
 def subset(options: Options, seed: int, index: Index) -> tuple[np.ndarray, str]:
@@ -147,7 +147,7 @@ def run(options: Options, recipe: Recipe, preset: str, parent: Path) -> tuple[di
     """
     source = options.features
     distributed.start()
-    index, val, (chosen, origin) = distributed.together(
+    index, val, (chosen, origin) = distributed.in_turn(
         lambda: (
             index := features.pictures(source, "train"),
             features.pictures(source, "val"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
 from nvidia.dali import fn, pipeline_def
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter
+from scipy import stats
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -19,6 +21,7 @@ from ssl_pipeline import config
 from ssl_pipeline.data import augment, randomness
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.exits import BadInput
+from ssl_pipeline.pretrain import PretrainConfig
 
 RAW = {"op": "normalize", "mean": [0, 0, 0], "std": [1, 1, 1]}
 
@@ -32,17 +35,19 @@ def view(*ops: dict, size: int = 224) -> ViewSpec:
     return config.validate(ViewSpec, {"size": size, "ops": [*ops, RAW]})
 
 
-def through_dali(spec: ViewSpec, pictures: np.ndarray, u: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def through_dali(
+    spec: ViewSpec, pictures: np.ndarray, u: np.ndarray, monkeypatch: pytest.MonkeyPatch, exact: bool = False
+) -> np.ndarray:
     """The view's pixels in 0..255, (N, H, W, 3), with u (N, draws) in place of the keyed numbers."""
     monkeypatch.setattr(randomness, "uniforms", lambda *_: u)
     sizes = np.array([picture.shape[:2] for picture in pictures])
-    arrays = spec.parameters(0, 0, np.arange(len(pictures)), 0, sizes)
+    arrays = spec.parameters(0, 0, np.arange(len(pictures)), 0, sizes, exact)
 
     @pipeline_def(batch_size=len(pictures), num_threads=1, device_id=None)
     def graph():
         inputs = fn.external_source(source=lambda: [list(pictures), *arrays], num_outputs=1 + len(arrays), batch=True,
                                     layout=["HWC", *[""] * len(arrays)])  # fmt: skip
-        return spec.nodes(inputs[0], inputs[1:])
+        return spec.nodes(inputs[0], inputs[1:], exact)
 
     pipeline = graph()
     pipeline.build()
@@ -249,3 +254,96 @@ def test_a_view_ends_normalized_once() -> None:
     for ops in ([], [{"op": "flip"}], [RAW, {"op": "flip"}], [RAW, RAW]):
         with pytest.raises(BadInput, match="normalize"):
             config.validate(ViewSpec, {"size": 8, "ops": ops})
+
+
+def test_any_order_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear map leaves planes behind; what follows it works on these as on pixels."""
+    pictures = photos()
+    invert = {"op": "jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0, "hue": 0, "probability": 1.0}
+    draws = np.full((2, 6), 0.5)
+    draws[:, 1:3] = 0.25, 0.75  # brightness 0.8, contrast 1.2
+    last = [{"op": "flip", "probability": 1.0}, {"op": "affine"}, {"op": "solarize", "probability": 1.0},
+            {"op": "gray", "probability": 1.0}, {"op": "blur", "probability": 0},
+            {"op": "crop_resize", "scale": [1, 1]}]  # fmt: skip
+    u = np.concatenate([draws, np.full((2, 1 + 4 + 1 + 1 + 2 + 22), 0.5)], axis=1)
+    found = through_dali(view(invert, *last), pictures, u, monkeypatch)
+    first = through_dali(view(invert), pictures, draws, monkeypatch)[:, :, ::-1]
+    solarized = torch.from_numpy(np.rint(np.minimum(first, 255 - first))).permute(0, 3, 1, 2)
+    gray = (solarized * torch.tensor(augment.GRAY).view(1, 3, 1, 1)).sum(1)
+    assert difference(found, gray[..., None].expand(-1, -1, -1, 3).numpy()) < 0.6
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_exact_clips_after_each_operation_as_pil_does(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    op = {"op": "jitter", "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0, "probability": 1.0}
+    spec = view(op, {"op": "gray", "probability": 0})
+    pictures = photos()
+    u = np.concatenate([jitter_draws((*order, 3), brightness=0.9, contrast=0.9, saturation=0.9), [[0.5]] * 2], axis=1)
+    factor = 1 + 0.8 * 0.8
+    enhance = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+
+    def change(picture: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(picture)
+        for step in order:
+            image = enhance[step](image).enhance(factor)
+        return np.asarray(image)
+
+    expected = np.stack([change(picture) for picture in pictures])
+    exact = difference(through_dali(spec, pictures, u, monkeypatch, exact=True), expected)
+    once = difference(through_dali(spec, pictures, u, monkeypatch), expected)
+    assert exact <= 1.5
+    assert exact < (1.0 if order == (2, 1, 0) else 0.4) * once  # where brightness comes last, little is clipped before
+
+
+def test_exact_is_the_same_where_nothing_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = 64 + photos() // 4
+    op = {"op": "jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "probability": 1.0}
+    spec, u = view(op), jitter_draws((3, 1, 0, 2), brightness=0.3, contrast=0.8, saturation=0.9, hue=0.9)
+    found = [through_dali(spec, pictures, u, monkeypatch, exact) for exact in (True, False)]
+    assert difference(*found) <= 0.6
+
+
+def test_ten_thousand_draws_are_independent_and_as_the_recipe_says() -> None:
+    count = 10_000
+    recipe = config.load("imagenet/barlow_twins", ["data.root=."])
+    views = config.validate(PretrainConfig, recipe.values).data.views
+    ids = np.arange(count)
+    draws = {(epoch, place): randomness.uniforms(7, epoch, ids, place, 33) for epoch in (0, 1) for place in (0, 1)}
+    for name, (a, b) in {
+        "views": (draws[0, 0], draws[0, 1]),
+        "epochs": (draws[0, 0], draws[1, 0]),
+        "ranks": (draws[0, 0][0::2], draws[0, 0][1::2]),
+        "draws of a view": (draws[0, 0][:, :-1], draws[0, 0][:, 1:]),
+    }.items():
+        found = np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :]
+        if name == "draws of a view":
+            found = np.diag(found)
+        # 33 x 33 normal numbers of this deviation stay within 4.8 of it, but for one time in a thousand.
+        assert np.abs(found).max() < 4.8 / np.sqrt(len(a)), name
+    rates = {"flip": (0.5, 0.5), "jitter": (0.8, 0.8), "gray": (0.2, 0.2), "blur": (1.0, 0.1), "solarize": (None, 0.2)}
+    for place, spec in enumerate(views):
+        u, column = draws[0, place], 0
+        for op in spec.ops:
+            rate = rates.get(op.op, (None, None))[place]
+            if rate is not None:
+                applied = (u[:, column] < op.probability).mean()
+                assert abs(applied - rate) <= 4 * np.sqrt(rate * (1 - rate) / count), (place, op.op)
+            if isinstance(op, augment.Jitter):
+                orders = np.bincount((u[:, column + 5] * 24).astype(int), minlength=24)
+                assert stats.chisquare(orders).pvalue > 1e-4
+                assert len({tuple(order) for order in augment._ORDERS.tolist()}) == 24
+                brightness = view_factor(op, u[:, column : column + 6])
+                assert 0.6 <= brightness.min() < 0.601
+                assert 1.399 < brightness.max() <= 1.4
+                assert stats.kstest((brightness - 0.6) / 0.8, "uniform").pvalue > 1e-4
+            if isinstance(op, augment.Blur):
+                windows = op.parameters(u[:, column : column + 2], np.ones((count, 2)), 224)[0]
+                widths = {window.shape[1] for window in windows}
+                assert widths == ({3, 5, 7, 9, 11, 13} | ({1} if place else set()))
+            column += op.draws
+
+
+def view_factor(op: augment.Jitter, u: np.ndarray) -> np.ndarray:
+    """The brightness of each jitter, from its maps: contrast and the like are turned off."""
+    plain = op.model_copy(update={"contrast": 0.0, "saturation": 0.0, "hue": 0.0, "probability": 1.0})
+    return plain.matrices(u)[0][:, 0, 0]

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
@@ -16,6 +19,7 @@ from ssl_pipeline.data.index import image_folder
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput
 from ssl_pipeline.pretrain import PretrainConfig
+from tests.ranks import on_ranks
 
 VIEWS = config.validate(PretrainConfig, config.load("imagenet/byol").values).data.views
 SMALL = [view.model_copy(update={"size": 48}) for view in VIEWS]
@@ -142,7 +146,7 @@ def test_bad_files_are_replaced_named_once_and_leave_the_others_as_they_are(
     data = make(with_bad_files, batch=67)
     rows = seen(data, epochs=2)
     bad = {i for i, path in enumerate(data.index.paths) if Path(path).name in BAD}
-    assert set(data.bad) == bad
+    assert set(data.all_bad()) == set(data.all_bad()) == bad
     for name in BAD:
         assert caplog.text.count(f"{name}:") == 1
     for epoch in (0, 1):
@@ -167,7 +171,7 @@ def test_what_only_dali_cannot_decode_is_found(photos: Path, tmp_path: Path) -> 
     damaged[place + 4 : place + 30] = bytes(26)
     (folder / "3.jpg").write_bytes(damaged)
     assert loader.picture_size(np.frombuffer(bytes(damaged), dtype=np.uint8))
-    assert not loader.decodes(np.frombuffer(bytes(damaged), dtype=np.uint8), torch.device("cpu"))
+    assert not loader.decodes([np.frombuffer(bytes(damaged), dtype=np.uint8)], "cpu", torch.device("cpu"))
     data = make(tmp_path, batch=4)
     rows = seen(data, epochs=2)
     assert data.bad == {3: "DALI cannot decode it"}
@@ -233,3 +237,170 @@ def test_views_of_several_sizes(photos: Path) -> None:
     halves = [first(specs, rank, 2) for rank in range(2)]
     for whole, even, odd in zip(views, *halves, strict=True):
         assert digest(torch.stack([even, odd], dim=1).flatten(0, 1)) == digest(whole)
+
+
+def test_a_batch_that_is_kept_stays_as_it_is(photos: Path) -> None:
+    """Batches are not copied out of DALI: what it makes later must not be written into them."""
+    data = make(photos, prefetch=3)
+    kept = [batch for _ in range(3) for batch in data]
+    assert [digest(a) + digest(b) for batch in kept for a, b in zip(*batch.views, strict=True)] == [
+        d for *_, d in seen(make(photos), epochs=3)
+    ]
+    kept[0].views[0].add_(1)  # it belongs to the caller
+
+
+def encoded(picture: Image.Image, kind: str = "JPEG", **more) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def odd_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Strange files that are good, and bad ones, by name."""
+    photo = Image.fromarray(np.asarray(load_sample_images().images[0])[:120, :160])
+    turned = Image.Exif()
+    turned[0x112] = 6  # to be shown after a quarter turn
+    deep = Image.fromarray(np.asarray(photo.convert("L"), dtype=np.uint16) * 257)
+    good = {
+        "cmyk.jpg": encoded(photo.convert("CMYK")),
+        "gray.jpg": encoded(photo.convert("L")),
+        "png.JPEG": encoded(photo, "PNG"),
+        "16 bit.png": encoded(deep, "PNG"),
+        "exif.jpg": encoded(photo, exif=turned),
+        "1x1.jpg": encoded(photo.resize((1, 1))),
+        "20000x200.jpg": encoded(photo.resize((20_000, 200))),
+        "alpha.png": encoded(photo.convert("RGBA"), "PNG"),
+        "n\u00e4m\u00e9 \u56fe \u0444.jpg": encoded(photo),
+    }
+    whole = encoded(photo)
+    tables = whole.index(b"\xff\xc4") + 4
+    bad = {
+        "truncated.jpg": whole[: len(whole) // 2],
+        "cut in the header.jpg": whole[:200],
+        "empty.jpg": b"",
+        "text.jpg": b"this is no picture, whatever it is called",
+        "truncated.png": encoded(photo, "PNG")[:9000],
+        "only DALI sees it.jpg": whole[:tables] + bytes(26) + whole[tables + 26 :],
+    }
+    return good, bad
+
+
+@pytest.mark.parametrize("name", ["cmyk.jpg", "gray.jpg", "png.JPEG", "exif.jpg", "alpha.png", "16 bit.png"])
+def test_strange_pictures_are_what_pil_says(name: str, tmp_path: Path) -> None:
+    data = odd_files()[0][name]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(data)
+    plain = {"op": "normalize", "mean": [0, 0, 0], "std": [1, 1, 1]}
+    spec = config.validate(ViewSpec, {"size": 120, "ops": [{"op": "center_crop", "resize": 120}, plain]})
+    (batch,) = Loader(image_folder(tmp_path), [spec], 1, seed=0, world=place(0, 1), threads=1, training=False)
+    picture = Image.open(io.BytesIO(data))
+    if name == "16 bit.png":  # PIL's convert("RGB") clips at 255 of 65535
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    expected = np.asarray(picture.convert("RGB"))[:, 20:140]
+    np.testing.assert_allclose(batch.views[0][0].permute(1, 2, 0).numpy() * 255, expected, atol=1e-3)
+
+
+def meet(root: str, gone: str, epochs: int) -> list:
+    """On each rank: rows of (epoch, wanted id, id, digest), the lines logged, and the state. `gone` vanishes in mid-run."""
+    world = distributed.start()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("ssl_pipeline")
+    log.addHandler(handler)
+    data = Loader(image_folder(Path(root)), SMALL, 20, seed=5, world=world, threads=1)
+    rows = []
+    for epoch in range(epochs):
+        for step, batch in enumerate(data):
+            if (epoch, step) == (1, 0) and gone and world.is_main:
+                (Path(root) / gone).unlink()
+            distributed.together(lambda: None)
+            wanted = data.ids(epoch, step).tolist()
+            digests = [digest(a) + digest(b) for a, b in zip(*batch.views, strict=True)]
+            rows += [[epoch, *row] for row in zip(wanted, batch.ids.tolist(), digests, strict=True)]
+        data.all_bad()
+    log.removeHandler(handler)
+    return [rows, lines, data.state_dict(), data.bad_summary()]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_no_bad_file_stops_a_run(ranks: int, photos: Path, tmp_path: Path) -> None:
+    good, bad = odd_files()
+    photo = encoded(Image.fromarray(np.asarray(load_sample_images().images[1])[:100, :100]))
+    for name, replaced in (("mended", True), ("broken", False)):
+        for path in (photos / "train").rglob("*.jpg"):
+            target = tmp_path / name / path.relative_to(photos / "train")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        for file, data in (good | bad).items():
+            (tmp_path / name / "china" / file).write_bytes(photo if replaced and file in bad else data)
+    index = image_folder(tmp_path / "broken")
+    ids = {Path(path).name: sample for sample, path in enumerate(index.paths)}
+    gone = index.paths[40]
+    whole = {(e, wanted): d for e, wanted, _, d in meet(str(tmp_path / "mended"), "", 3)[0]}
+    broken = str(tmp_path / "broken"), gone, 3
+    both = on_ranks(ranks, meet, *broken) if ranks > 1 else [meet(*broken)]
+
+    unreadable = {ids[name] for name in bad} | {40}
+    for rows, _, state, summary in both:
+        assert state["bad"] == both[0][2]["bad"]
+        assert set(state["bad"]) == unreadable
+        assert "another rank" not in summary
+        for name in (*bad, Path(gone).name):
+            assert name in summary
+        for epoch, wanted, sample, pixels in rows:
+            assert sample == wanted or wanted in unreadable
+            if sample == wanted:
+                assert pixels == whole[epoch, wanted]
+        assert not {sample for epoch, _, sample, _ in rows if epoch == 2} & unreadable
+    lines = [line for _, said, *_ in both for line in said]
+    for name in (*bad, Path(gone).name):
+        assert sum(f"/{name}:" in line for line in lines) == 1, name
+    # The choice of a replacement is keyed: one rank alone makes the same, where it knows what all met.
+    alone = Loader(index, SMALL, 20, seed=5, world=place(0, 1), threads=1)
+    alone.load_state_dict({"epoch": 2, "consumed": 0, "bad": both[0][2]["bad"]})
+    last = [[row for row in rows if row[0] == 2] for rows, *_ in both]
+    expected = [(sample, pixels) for pair in zip(*last, strict=True) for *_, sample, pixels in pair]
+    assert [(sample, pixels) for _, sample, pixels in seen(alone)] == expected
+
+
+def test_bisection_finds_all_and_nothing_else() -> None:
+    good, bad = odd_files()
+    whole, broken = good["gray.jpg"], bad["only DALI sees it.jpg"]
+    pictures = [np.frombuffer(broken if place in (0, 7, 8, 12) else whole, dtype=np.uint8) for place in range(13)]
+    assert loader.undecodable(pictures, "cpu", torch.device("cpu")) == [0, 7, 8, 12]
+    assert loader.undecodable(pictures[1:7], "cpu", torch.device("cpu")) == []
+
+
+def test_where_the_halves_are_placed() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert loader.placement(None, None, cpu) == loader.placement("cpu", "cpu", cpu) == ("cpu", "cpu")
+    for decode, augment in (("mixed", None), (None, "gpu"), ("cpu", "gpu")):
+        with pytest.raises(
+            BadInput, match=r"^data\.(decode=mixed|augment=gpu) needs a GPU and torch sees none here: .*$"
+        ):
+            loader.placement(decode, augment, cpu)
+    assert loader.placement(None, None, cuda) == ("mixed", "gpu")
+    assert loader.placement("cpu", None, cuda) == ("cpu", "gpu")
+    assert loader.placement(None, "cpu", cuda) == ("cpu", "cpu")
+    with pytest.raises(BadInput, match="out of reach"):
+        loader.placement("mixed", "cpu", cuda)
+
+
+def test_the_remedy_is_for_the_half_that_is_slow(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(photos, readers=3)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    threads = "decoding and making views is what takes long: try data.threads=4"
+    read = type(data.index).read
+
+    def slowly(index, sample: int) -> np.ndarray:
+        time.sleep(0.05)  # of a far disk
+        return read(index, sample)
+
+    monkeypatch.setattr(type(data.index), "read", slowly)
+    seen(data)
+    assert data.remedy() == "reading files is what takes long: try data.readers=6"
+    assert data.remedy() == threads  # since then, nothing was waited for
+    data.threads = 4
+    assert "try more cores a rank" in data.remedy()

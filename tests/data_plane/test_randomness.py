@@ -31,3 +31,19 @@ def test_orders_are_permutations_of_their_own() -> None:
     assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
     assert len({order.tobytes() for order in orders}) == 4
     assert np.array_equal(orders[0], randomness.permutation(0, 0, 1000))
+
+
+def test_windows_of_shards_hold_their_samples_alone() -> None:
+    shards = np.repeat(np.arange(10), [5, 90, 40, 1, 0, 33, 60, 7, 80, 20])
+    orders = [randomness.windowed_permutation(seed, epoch, shards, 4) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(orders[0], randomness.windowed_permutation(0, 0, shards, 4))
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(len(shards)))
+        of = shards[order]
+        spans = [(np.flatnonzero(of == shard)[[0, -1]]) for shard in np.unique(shards)]
+        crossing = [sum(first <= place <= last for first, last in spans) for place in range(len(of))]
+        assert max(crossing) <= 4
+    # One window is a permutation of all: where a sample comes is uniform, whatever its shard.
+    places = np.mean([randomness.windowed_permutation(s, 0, shards, 10).argsort() for s in range(400)], axis=0)
+    assert abs(places / (len(shards) - 1) - 0.5).max() < 5 * (1 / 12 / 400) ** 0.5
