@@ -146,9 +146,10 @@ def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
 def machine() -> str:
     """Where it ran."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cores = len(os.sched_getaffinity(0))
     processor = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
     return (
-        f"{len(os.sched_getaffinity(0))} cores of {processor}; Python {platform.python_version()}, "
+        f"{cores} core{'s' if cores > 1 else ''} of {processor}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, ssl_pipeline {__version__}."
     )
 
