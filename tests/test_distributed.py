@@ -192,6 +192,7 @@ def _met(rank: int, ports: list[int], found: "mp.Queue") -> None:
         store.set("read", "yes")
 
 
+@pytest.mark.slow
 def test_ranks_meet_though_another_program_holds_the_first_port() -> None:
     context = mp.get_context("spawn")
     found = context.Queue()
@@ -246,6 +247,7 @@ def _means_of(layouts: list[list[int]]) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_the_mean_of_gradients_does_not_depend_on_the_order_of_the_bucket() -> None:
     for first, second in on_ranks(4, _means_of, [[0, 1, 2], [2, 0, 1]]):
         assert torch.equal(first, second)

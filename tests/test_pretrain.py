@@ -345,7 +345,7 @@ def waits_of_twenty_steps(run_options: PretrainConfig, output: Path, monkeypatch
     [
         *((method, ["precision=bf16"]) for method in METHODS),
         *(("byol", ["precision=bf16", *sparse]) for sparse in SPARSE.values()),
-        ("simclr", ["precision=fp16"]),
+        pytest.param("simclr", ["precision=fp16"], marks=pytest.mark.slow),
     ],
 )
 def test_no_step_waits_for_the_device(

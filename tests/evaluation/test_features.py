@@ -55,6 +55,7 @@ def test_ranks_share_the_pictures(photos: Path, ranks: int) -> None:
         torch.testing.assert_close(part["values"], one["values"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_pictures(photos: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("china", "flower"):

@@ -1,6 +1,7 @@
 """Losses and gradients against the values of the authors' code, float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,17 +96,34 @@ def _barlow_gradients() -> dict[str, Tensor]:
     return {"loss": loss.detach(), "v0": v[0].grad, "v1": v[1].grad}
 
 
-def test_simclr_on_two_ranks_is_the_authors_own() -> None:
+def _of_this_rank() -> dict[str, Any]:
+    return {
+        "simclr": _simclr_gradients(),
+        "barlow": _barlow_gradients(),
+        "vicreg": _vicreg_gradients(),
+        "sinkhorn": _sinkhorn_of_half(),
+    }
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks() -> list[dict[str, Any]]:
+    """All at once: processes take longer to start than these to compute."""
+    return on_ranks(2, _of_this_rank)
+
+
+def test_simclr_on_two_ranks_is_the_authors_own(of_two_ranks: list[Any]) -> None:
     outputs = golden.entries()["dist_simclr_W2_n8_D16"]["outputs"]
-    ranks = on_ranks(2, _simclr_gradients)
+    ranks = [rank["simclr"] for rank in of_two_ranks]
     np.testing.assert_allclose([r["loss"] for r in ranks], outputs["loss_per_rank"], rtol=1e-9)
     golden.assert_gradient(ranks[0]["v0"], outputs["local_grad_rank0_v0"])
     golden.assert_gradient(ranks[1]["v1"], outputs["local_grad_rank1_v1"])
 
 
-def test_barlow_twins_on_two_ranks_has_the_exact_gradient_and_its_divisor_the_official_one() -> None:
+def test_barlow_twins_on_two_ranks_has_the_exact_gradient_and_its_divisor_the_official_one(
+    of_two_ranks: list[Any],
+) -> None:
     entry = golden.entries()["dist_barlow_W2_n8_D16"]
-    ranks = on_ranks(2, _barlow_gradients)
+    ranks = [rank["barlow"] for rank in of_two_ranks]
     whole = golden.views(entry)
     loss = barlow_twins_loss(whole[0], whole[1], 0.0051)
     loss.backward()
@@ -130,10 +148,10 @@ def _vicreg_gradients() -> dict[str, Tensor]:
     return {"loss": loss.detach(), "v0": v[0].grad, "v1": v[1].grad}
 
 
-def test_vicreg_on_two_ranks_is_the_authors_own_and_the_gradient_of_one_rank() -> None:
+def test_vicreg_on_two_ranks_is_the_authors_own_and_the_gradient_of_one_rank(of_two_ranks: list[Any]) -> None:
     entry = golden.entries()["dist_vicreg_W2_n8_D16"]
     outputs = entry["outputs"]
-    ranks = on_ranks(2, _vicreg_gradients)
+    ranks = [rank["vicreg"] for rank in of_two_ranks]
     np.testing.assert_allclose([r["loss"] for r in ranks], outputs["loss_per_rank"], rtol=1e-9)
     golden.assert_gradient(ranks[0]["v0"], outputs["local_grad_rank0_v0"])
     golden.assert_gradient(ranks[1]["v1"], outputs["local_grad_rank1_v1"])
@@ -187,9 +205,9 @@ def _sinkhorn_of_half() -> Tensor:
     return sinkhorn(mine, entry["hyper"]["epsilon"], entry["hyper"]["iterations"])
 
 
-def test_sinkhorn_on_two_ranks_is_the_authors_own() -> None:
+def test_sinkhorn_on_two_ranks_is_the_authors_own(of_two_ranks: list[Any]) -> None:
     entry = golden.entries()["dist_sinkhorn_W2_n8_K11"]
-    ranks = on_ranks(2, _sinkhorn_of_half)
+    ranks = [rank["sinkhorn"] for rank in of_two_ranks]
     for rank, found in enumerate(ranks):
         golden.assert_gradient(found, entry["outputs"][f"q_rank{rank}"])
     whole = sinkhorn(_scores(entry), entry["hyper"]["epsilon"], entry["hyper"]["iterations"])
