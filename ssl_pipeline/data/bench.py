@@ -78,6 +78,8 @@ def bench(options: Options, seed: int, seconds: float, most: int = 128) -> Cost:
         exact=options.exact,
         decode=options.decode,
         augment=options.augment,
+        shuffle=options.shuffle,
+        window=options.shuffle_window,
     )
     endless = (given for _ in iter(int, 1) for given in data)
     first = next(endless)
