@@ -13,7 +13,7 @@ from PIL import Image
 from ssl_pipeline import cli, config
 from ssl_pipeline.data import bench
 from ssl_pipeline.data.index import image_folder
-from ssl_pipeline.exits import Status
+from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.pretrain import PretrainConfig
 
 BURN = "import time\nwhile time.process_time() < 1.0: pass\n"
@@ -68,3 +68,10 @@ def test_the_verb(few_digits: Path, capsys: pytest.CaptureFixture, monkeypatch: 
     assert "--seconds 0 measures nothing" in capsys.readouterr().err
     assert cli.main([*words[:3], "data.decode=mixed"]) == Status.BAD_INPUT
     assert "data.decode=mixed needs a GPU and torch sees none here" in capsys.readouterr().err
+
+
+def test_it_reads_in_the_order_that_the_config_asks_for(photos: Path) -> None:
+    words = [f"data.root={photos}", "data.batch_size=16", "data.shuffle=shards"]
+    options = config.validate(PretrainConfig, config.load("imagenet/barlow_twins", words).values)
+    with pytest.raises(BadInput, match="data.shuffle = shards reads tar shards"):
+        bench.bench(options.data, 0, 0.1)
