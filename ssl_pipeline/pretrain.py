@@ -151,21 +151,7 @@ def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
 
 def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distributed.World) -> Status:
     device = world.device
-    data = Loader(
-        index,
-        options.data.views,
-        options.data.batch_size,
-        seed=options.seed,
-        world=world,
-        threads=options.data.threads,
-        readers=options.data.readers,
-        prefetch=options.data.prefetch,
-        shuffle=options.data.shuffle,
-        window=options.data.shuffle_window,
-        exact=options.data.exact,
-        decode=options.data.decode,
-        augment=options.data.augment,
-    )
+    data = Loader.for_training(options.data, index, seed=options.seed, world=world)
     steps = len(data) * options.epochs
     end = min(steps, options.max_steps or steps)
     state = distributed.together(lambda: checkpoint.read_newest(run.checkpoints))

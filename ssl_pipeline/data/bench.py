@@ -66,21 +66,7 @@ def bench(options: Options, seed: int, seconds: float, most: int = 128) -> Cost:
     """
     index = pretraining_index(options.root, options.unlabelled)
     batch = min(options.batch_size, most, len(index))
-    data = Loader(
-        index,
-        options.views,
-        batch,
-        seed=seed,
-        world=distributed.start(),
-        threads=options.threads,
-        readers=options.readers,
-        prefetch=options.prefetch,
-        exact=options.exact,
-        decode=options.decode,
-        augment=options.augment,
-        shuffle=options.shuffle,
-        window=options.shuffle_window,
-    )
+    data = Loader.for_training(options, index, seed=seed, world=distributed.start(), batch_size=batch)
     endless = (given for _ in iter(int, 1) for given in data)
     first = next(endless)
     for _ in range(options.prefetch + 1):  # now each batch that is taken makes room for one

@@ -219,6 +219,27 @@ class Loader:
         self._inside: deque[_Prepared] = deque()
         self._next: tuple[int, int] | None = (0, 0)
 
+    @classmethod
+    def for_training(
+        cls, options: Options, index: Index, *, seed: int, world: World, batch_size: int | None = None
+    ) -> Loader:
+        """The loader that `options` describe; `batch_size` in place of theirs."""
+        return cls(
+            index,
+            options.views,
+            batch_size or options.batch_size,
+            seed=seed,
+            world=world,
+            threads=options.threads,
+            readers=options.readers,
+            prefetch=options.prefetch,
+            exact=options.exact,
+            decode=options.decode,
+            augment=options.augment,
+            shuffle=options.shuffle,
+            window=options.shuffle_window,
+        )
+
     def __len__(self) -> int:
         """Steps an epoch."""
         if self.training:
