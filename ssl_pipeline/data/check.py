@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ssl_pipeline.data.index import INDEX, Index, read_shard_index, shards, tar_members
-from ssl_pipeline.data.listing import EXTENSIONS, FORMATS, list_folder
+from ssl_pipeline.data.index import INDEX, SUMS, Index, read_shard_index, read_sums, sha256, shards, tar_members
+from ssl_pipeline.data.listing import EXTENSIONS, FORMATS, list_folder, shown
 from ssl_pipeline.data.parallel import ProgressLine, cores, each
 from ssl_pipeline.exits import BadInput
 
@@ -82,16 +82,18 @@ def check(root: Path, processes: int | None = None) -> Report:
 
     `processes`: None: a core each. Bad is what the loader would replace: what cannot be read, is empty, is no picture by its
     header, or is refused by DALI's decoder (a truncated one is), alone or by ending the process that decodes it; and a tar or
-    an index file of shards that cannot be used. Raises BadInput where there is nothing to
-    check, or no DALI.
+    an index file of shards that cannot be used, and a shard that is not what `pack-shards` wrote, by its SHA-256.
+    Raises BadInput where there is nothing to check, or no DALI.
     """
     if not root.is_dir():
         raise BadInput(f"no folder {str(root)!r}: give a data set's, with train/ and val/ in it")
     found = list_folder(root)
     report = Report()
     parts = [Index(root, found.pictures, np.empty(0), ())] if found.pictures else []
-    for folder in sorted({str(PurePosixPath(name).parent) for name in found.tars}):
-        parts += _shards(root / folder, report)
+    folders = [root / folder for folder in sorted({str(PurePosixPath(name).parent) for name in found.tars})]
+    for folder in folders:
+        parts += _shards(folder, report)
+    _compare(folders, report, processes or cores())
     jobs = [job for part in parts for job in _jobs(part)]
     if not jobs and not report.bad:
         raise BadInput(f"{str(root)!r} holds no pictures and no tar shards: give a data set's folder")
@@ -127,7 +129,7 @@ def _shards(folder: Path, report: Report) -> list[Index]:
     parts = []
     for path in sorted(folder.glob("[!.]*.tar")):
         try:
-            members = [m for m in tar_members(path) if os.path.splitext(m[0])[1].lower() in EXTENSIONS]
+            members = [m for m in tar_members(path)[0] if os.path.splitext(m[0])[1].lower() in EXTENSIONS]
         except (tarfile.TarError, OSError) as error:
             report.bad.append((str(path), f"no tar that can be read: {error}"))
             continue
@@ -135,6 +137,20 @@ def _shards(folder: Path, report: Report) -> list[Index]:
         names = tuple(f"{path.name}/{name}" for name, _, _ in members)
         parts.append(Index(folder, names, np.empty(0), (), spans, (path.name,)))
     return parts
+
+
+def _compare(folders: list[Path], report: Report, processes: int) -> None:
+    """Compare the shards that `pack-shards` wrote with what it noted of them."""
+    wanted: dict[str, str | None] = {}
+    for folder in folders:
+        if (folder / SUMS).is_file():
+            sums = read_sums(folder)
+            wanted |= {str(path): sums.get(path.name, (None,))[0] for path in folder.glob("[!.]*.tar")}
+    line = ProgressLine(f"comparing shards with {SUMS}", len(wanted))
+    for path, found in each(_sum, sorted(wanted), max(min(processes, len(wanted)), 1)):
+        if found != wanted[path]:
+            report.bad.append((shown(path), f"it is not what {SUMS} says: copy or pack it again"))
+        line.add(1)
 
 
 def _jobs(index: Index) -> Iterator[_Job]:
@@ -149,6 +165,13 @@ def _jobs(index: Index) -> Iterator[_Job]:
 
 
 # ---------------------------------------------------------------------------------------------------------- in a process
+def _sum(path: str) -> str:
+    try:
+        return sha256(Path(path))
+    except OSError:
+        return ""
+
+
 def _check(job: _Job) -> _Found:
     import torch
 

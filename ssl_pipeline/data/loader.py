@@ -1,13 +1,18 @@
 """Batches of augmented views: the host reads bytes and draws parameters by key, DALI decodes once and makes the views.
 
 The order of epoch e is a permutation keyed by (seed, e); of each global batch, rank r takes every W-th place. What a
-loader must remember is therefore (epoch, global samples consumed, unreadable ids): the same numbers on every rank.
+loader must remember is therefore (epoch, global samples consumed, unreadable ids, where the run was rolled back to): the
+same numbers on every rank. A digest tells whether ids still mean the same pictures.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import io
 import logging
+import math
 import os
 import threading
 import time
@@ -30,9 +35,21 @@ from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.listing import FORMATS
 from ssl_pipeline.distributed import World
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, StorageFailure
 
 log = logging.getLogger("ssl_pipeline")
+
+PATIENCE = 240.0
+"""Seconds for which a storage that does not answer is asked again: fewer than ranks wait for each other, and than lie
+between a job's signal and the end of its slot (slurm/pretrain_imagenet.sh)."""
+
+OUTAGE = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY,
+     errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOTCONN, errno.ESHUTDOWN,
+     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+     errno.ENETUNREACH}
+)  # fmt: skip
+"""Errors of the storage, the network or this machine, which say nothing of the picture that was asked for."""
 
 
 Decode = Literal["cpu", "mixed"]
@@ -68,7 +85,8 @@ class Options(config.Options):
     shuffle: Literal["global", "shards"] = "global"
     """Order of an epoch: of all samples, or, for disks that seek badly, of shards and then of the samples in a window."""
     shuffle_window: int = Field(64, gt=0)
-    """Shards among which samples are mixed with `shuffle: shards`. Classes mix no further than that."""
+    """Shards among which samples are mixed with `shuffle: shards`. Classes mix no further than that; the bytes of two such
+    windows should fit into a node's memory."""
     threads: int | None = Field(None, gt=0)
     """DALI threads a rank; by default the node's cores over its ranks."""
     readers: int = Field(4, gt=0)
@@ -97,6 +115,18 @@ class _Prepared:
 
     ids: np.ndarray
     arrays: list[Any]
+
+
+_Read = tuple[int, np.ndarray, tuple[int, int]]
+"""Id of a sample, its bytes, and its picture's height and width."""
+
+
+class _Outage(Exception):
+    """The storage did not give all pictures of a step's batch: those in `failed` not, those in `read`, by the wanted id."""
+
+    def __init__(self, epoch: int, step: int, read: dict[int, _Read], failed: dict[int, OSError]) -> None:
+        self.epoch, self.step, self.read, self.failed = epoch, step, read, failed
+        self.time = time.monotonic()
 
 
 def picture_size(data: np.ndarray) -> tuple[int, int]:
@@ -204,6 +234,8 @@ class Loader:
         self.epoch = 0
         self.consumed = 0
         """Samples of this epoch that all ranks together have been given."""
+        self.rekeyed: tuple[tuple[int, int, int], ...] = ()
+        """(epoch, samples of it consumed, rollbacks so far) of each place from which on an epoch's order was drawn anew."""
         self.bad: dict[int, str] = {}
         """Unreadable samples that this rank met or was told of by `all_bad`, with the reason."""
         self._shared: set[int] = set()
@@ -213,11 +245,15 @@ class Loader:
         """Seconds that the caller waited since the last `remedy`: for bytes, and altogether."""
         self._reader_pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[Any, np.ndarray] | None = None
         self._pipeline: Any = None
         self._ahead: deque[Future[_Prepared]] = deque()
         self._inside: deque[_Prepared] = deque()
         self._next: tuple[int, int] | None = (0, 0)
+        self._outage_over = -math.inf
+        """When the storage last answered again."""
+        self._fetched: tuple[Any, int, set[int]] = (None, 0, set())
+        """Of which epoch, up to which place of its order, the system was told to read which shards."""
 
     @classmethod
     def for_training(
@@ -254,7 +290,14 @@ class Loader:
     # ------------------------------------------------------------------------------------------------------- its state
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch lies, and what is unreadable: the same on all ranks, which must all call it."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "bad": dict(sorted(self.all_bad().items()))}
+        bad = dict(sorted(self.all_bad().items()))
+        return {
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "bad": bad,
+            "rekeyed": [list(key) for key in self.rekeyed],
+            "pictures": self._pictures,
+        }
 
     def all_bad(self) -> dict[int, str]:
         """Unreadable samples that any rank met, with the reason; names those that are new. All ranks must call it."""
@@ -272,11 +315,83 @@ class Loader:
             return dict(self.bad)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; what was made ahead is dropped."""
+        """Go on where `state` was taken; what was made ahead is dropped. Raises BadInput as `require_same_pictures`."""
+        self.require_same_pictures(state)
         self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self.rekeyed = tuple((epoch, consumed, count) for epoch, consumed, count in state.get("rekeyed", []))
         self.bad = dict(state["bad"])
         self._shared = set(self.bad)
         self._discard()
+
+    def require_same_pictures(self, state: dict[str, Any]) -> None:
+        """Raises BadInput where ids mean other pictures than in `state`; one of an older version does not know."""
+        if state.get("pictures", self._pictures) != self._pictures:
+            raise BadInput(
+                f"the pictures in {str(self.index.root)!r} are not those that this was begun with ({state['pictures']} then, "
+                f"{self._pictures} now): names, labels{' or shards' if self.shuffle == 'shards' else ''} have changed; put them "
+                "back (for a lost one an empty file of its name will do), or begin anew with another --output"
+            )
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run was rolled back to a checkpoint, by the last `rekey`."""
+        return self.rekeyed[-1][2] if self.rekeyed else 0
+
+    def rekey(self, rollbacks: int) -> None:
+        """From here on the rest of this epoch, or of the next one where this one is through, comes in an order of its own.
+
+        What was consumed stays consumed: every sample still comes at most once an epoch.
+        """
+        if self.consumed // self.batch_size >= len(self):
+            self.epoch, self.consumed = self.epoch + 1, 0
+        self.rekeyed = (*self.rekeyed, (self.epoch, self.consumed, rollbacks))
+        self._discard()
+
+    @functools.cached_property
+    def _pictures(self) -> str:
+        """What the ids mean and, of shards that are shuffled, what their order depends on."""
+        digest = self.index.labelled_digest()
+        if self.shuffle == "shards":
+            assert self.index.spans is not None
+            digest += "-" + hashlib.sha256(self.index.spans[:, 0].tobytes()).hexdigest()[:12]
+        return f"{len(self.index)} pictures, {digest}"
+
+    def try_bad_again(self) -> None:
+        """Ask once more for what is in `bad`, after `load_state_dict`: what can be read now takes part from here on.
+
+        Where the files are as they were, nothing changes. All ranks must call it, with the same `bad`.
+        """
+        mine = sorted(self.bad)[self.world.rank :: self.world.size]
+        good: list[int] = []
+        for start in range(0, len(mine), 64):
+            some = mine[start : start + 64]
+            read = [
+                (i, data)
+                for i, data in zip(some, self._reader_pool.map(self._once, some), strict=True)
+                if data is not None
+            ]
+            broken = undecodable([data for _, data in read], self.decode, self.world.device, self.threads)
+            good += [i for place, (i, _) in enumerate(read) if place not in broken]
+        again = distributed.union(good)
+        self.bad = {sample: reason for sample, reason in self.bad.items() if sample not in again}
+        self._shared = set(self.bad)
+        if again and self.world.is_main:
+            names = ", ".join(self.index.paths[sample] for sample in sorted(again)[:20])
+            more = f" and {len(again) - 20} more" if len(again) > 20 else ""
+            log.warning(
+                "pictures that could not be read before can be read now, and take part again from here: %s%s",
+                names,
+                more,
+            )
+
+    def _once(self, sample: int) -> np.ndarray | None:
+        """The bytes of a sample, None where they are not a picture's or cannot be read."""
+        try:
+            data = self.index.read(sample)
+            picture_size(data)
+        except (OSError, ValueError):
+            return None
+        return data
 
     # -------------------------------------------------------------------------------------------------------- iteration
     def __iter__(self) -> Iterator[Batch]:
@@ -347,11 +462,67 @@ class Loader:
         if not self._ahead:
             raise StopIteration
         start = time.monotonic()
-        prepared = self._ahead.popleft().result()
+        prepared = self._ready(self._ahead.popleft())
         self._waited["reading"] += time.monotonic() - start
         self._schedule()
         self._inside.append(prepared)
         return prepared.arrays
+
+    def _ready(self, future: Future[_Prepared]) -> _Prepared:
+        """The batch, once it is prepared; what the storage does not give is asked for again, for PATIENCE seconds.
+
+        Here, in the thread that needs it, and not in the readers': the end of the program would wait for these. Raises
+        StorageFailure.
+        """
+        began, pause = None, 0.1
+        while True:
+            try:
+                prepared = future.result()
+            except _Outage as outage:
+                sample, error = next(iter(outage.failed.items()))
+                what = f"rank {self.world.rank} cannot read {self.index.name(sample)}: {error.strerror or error}"
+                if began is None:
+                    if outage.time > self._outage_over:  # not of a batch that was prepared meanwhile
+                        began = outage.time
+                        log.warning("%s; asking again for %.0f s", what, PATIENCE)
+                elif time.monotonic() - began < PATIENCE:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 30.0)
+                elif self._others_are_read(outage):
+                    for sample, error in outage.failed.items():
+                        self._mark_bad(sample, str(error))
+                else:
+                    raise StorageFailure(
+                        f"{what}, nor others, for {PATIENCE:.0f} s: see that the storage answers; the same command goes on"
+                    ) from None
+                future = self._assembler.submit(self._prepare, outage.epoch, outage.step, outage.read)
+            else:
+                if began is not None:
+                    self._outage_over = time.monotonic()
+                    log.warning("rank %d reads again after %.1f s", self.world.rank, self._outage_over - began)
+                return prepared
+
+    def _others_are_read(self, outage: _Outage) -> bool:
+        """Whether the storage gives pictures from all over, so that those which it does not give are at fault themselves."""
+        spread = np.unique(np.linspace(0, len(self.index) - 1, 16).astype(int)).tolist()
+        others = [sample for sample in spread if sample not in outage.failed and sample not in self.bad]
+        for sample in others:
+            try:
+                self.index.read(sample)
+            except OSError as error:
+                if self._is_outage(error):
+                    return False
+        return bool(others)
+
+    def _is_outage(self, error: OSError) -> bool:
+        """Whether not the picture is to blame but what holds it: also where the whole folder is gone, as when unmounted."""
+        if error.errno is None or error.errno in OUTAGE:
+            return error.errno is not None
+        try:
+            with os.scandir(self.index.root) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return True
 
     def _schedule(self) -> None:
         if self._next is None:
@@ -398,23 +569,48 @@ class Loader:
     # ----------------------------------------------------------------------------------------------------- on the host
     def ids(self, epoch: int, step: int) -> np.ndarray:
         """Ids of this rank's samples in a step, before any replacement."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._epoch_order(epoch))
-        whole = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        return whole[self.world.rank :: self.world.size]
+        return self.batch_ids(epoch, step)[self.world.rank :: self.world.size]
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def batch_ids(self, epoch: int, step: int) -> np.ndarray:
+        """Ids of all ranks' samples in a step, before any replacement."""
+        kept, rekeyed = self._order, tuple(key for key in self.rekeyed if key[0] == epoch)
+        if kept is None or kept[0] != (epoch, rekeyed):  # asked by two threads: each goes on with what it has in hand
+            self._order = kept = ((epoch, rekeyed), self._epoch_order(epoch, rekeyed))
+        return kept[1][step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _epoch_order(self, epoch: int, rekeyed: tuple[tuple[int, int, int], ...]) -> np.ndarray:
         """Ids of the whole epoch, of all ranks, (N,) int64."""
+        order = np.arange(len(self.index))
         if not self.training:
-            return np.arange(len(self.index))
+            return order
+        for _, consumed, rollbacks in ((epoch, 0, 0), *rekeyed):
+            rest = order[consumed:]
+            order = np.concatenate([order[:consumed], rest[self._permutation(epoch, rest, rollbacks)]])
+        return order
+
+    def _permutation(self, epoch: int, samples: np.ndarray, rollbacks: int) -> np.ndarray:
         if self.shuffle == "shards":
             assert self.index.spans is not None
-            return randomness.windowed_permutation(self.seed, epoch, self.index.spans[:, 0], self.window)
-        return randomness.permutation(self.seed, epoch, len(self.index))
+            shards = self.index.spans[samples, 0]
+            return randomness.windowed_permutation(self.seed, epoch, shards, self.window, rollbacks)
+        return randomness.permutation(self.seed, epoch, len(samples), rollbacks)
 
-    def _prepare(self, epoch: int, step: int) -> _Prepared:
+    def _prepare(self, epoch: int, step: int, before: dict[int, _Read] | None = None) -> _Prepared:
+        """A batch of this rank; `before` is what was read of it before. Raises _Outage."""
         wanted = self.ids(epoch, step)
-        read = list(self._reader_pool.map(lambda sample: self._read(epoch, int(sample)), wanted))
+        if self.shuffle == "shards":
+            self._fetch_ahead(step)
+        done = dict(before or {})
+        failed: dict[int, OSError] = {}
+
+        def one(sample: int) -> None:
+            if len(failed) < self.readers and (found := self._read(epoch, sample, failed)) is not None:
+                done[sample] = found
+
+        list(self._reader_pool.map(one, [sample for sample in wanted.tolist() if sample not in done]))
+        if failed:
+            raise _Outage(epoch, step, done, failed)
+        read = [done[sample] for sample in wanted.tolist()]
         ids = np.array([sample for sample, _, _ in read], dtype=np.int64)
         sizes = np.array([size for _, _, size in read], dtype=np.int64).reshape(-1, 2)
         arrays: list[Any] = [[data for _, data, _ in read]]
@@ -423,7 +619,26 @@ class Loader:
             arrays += view.parameters(self.seed, epoch, wanted, place, sizes, self.exact)
         return _Prepared(ids, arrays)
 
-    def _read(self, epoch: int, wanted: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+    def _fetch_ahead(self, step: int) -> None:
+        """Have the shards of the next window read as a whole while the samples of this one are picked from memory.
+
+        Ranks of a node share its memory, and this work.
+        """
+        assert self.index.spans is not None
+        assert self._order is not None
+        key, order = self._order
+        of, first = self.index.spans[:, 0], step * self.batch_size
+        known, place, told = self._fetched
+        if known != key:
+            place, told = first, set()
+        end = first + self.batch_size + len(of) * self.window // len(self.index.shards)
+        new = [shard for shard in dict.fromkeys(of[order[place:end]].tolist()) if shard not in told]
+        self._fetched = (key, max(place, end), told | set(new))
+        if mine := new[self.world.local_rank :: self.world.local_size]:
+            threading.Thread(target=self.index.fetch, args=(mine,), name="fetch", daemon=True).start()
+
+    def _read(self, epoch: int, wanted: int, failed: dict[int, OSError]) -> _Read | None:
+        """The wanted sample or the one that stands in for it; None where the storage does not answer, noted in `failed`."""
         sample = wanted
         for attempt in range(1000):
             if sample not in self.bad:
@@ -431,6 +646,9 @@ class Loader:
                     data = self.index.read(sample)
                     return sample, data, picture_size(data)
                 except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and self._is_outage(error):
+                        failed[sample] = error
+                        return None
                     self._mark_bad(sample, str(error))
             sample = randomness.replacement(self.seed, epoch, wanted, attempt, len(self.index))
         raise BadInput(f"no readable picture in 1000 attempts under {str(self.index.root)!r}; {self.bad_summary()}")

@@ -7,7 +7,9 @@ lies, is in the index file beside the shards (`index.shards`).
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -15,7 +17,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,14 @@ from PIL import Image, UnidentifiedImageError
 
 from ssl_pipeline.data.index import (
     INDEX,
+    SUMS,
     UNFINISHED,
     Index,
     read_index,
     read_shard_index,
+    read_sums,
+    sha256,
+    sum_line,
     tar_members,
     write_shard_index,
 )
@@ -48,6 +54,16 @@ SMALLEST = 100_000
 
 _VERSION = 1
 _SAMPLED = 64
+_LOST = {
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENXIO,
+    None,  # of `Index.read`: no regular file
+}
+"""Errors that say of a picture that it cannot be read; others are of the storage, and may pass."""
 _SAVED = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L", "LA": "L", "1": "L"}
 """PIL's mode of a picture, and the mode in which it is saved; others, of more than 8 bits, are kept as they are."""
 
@@ -71,6 +87,8 @@ class Packed:
     """In bytes."""
     kept: tuple[str, ...]
     """Pictures that were written by this call and could not be encoded again, each with the reason."""
+    empty: tuple[str, ...]
+    """Paths of the pictures without a byte, because they could not be read or had none: a run replaces them."""
 
 
 class _Job(NamedTuple):
@@ -81,13 +99,21 @@ class _Job(NamedTuple):
     """Id of the first sample."""
     target: str
     encoding: Encoding | None
+    known: str | None
+    """The digest of the shard where it was written of these very files before."""
 
 
 class _Shard(NamedTuple):
     spans: list[tuple[int, int]]
     """Offset and size of each sample."""
     size: int
+    sum: str
+    """SHA-256."""
     kept: list[str]
+    lost: list[str]
+    """Pictures that could not be read, each with the reason."""
+    there: bool
+    """Whether it was there already."""
 
 
 def pack(
@@ -107,11 +133,14 @@ def pack(
         encoding: make the shorter side of larger pictures `short_side` and save them as JPEG. None: bytes as they are.
         processes: that write shards; None: a core each.
 
-    A shard is written under another name, flushed, read back and compared with what was read from `source` (an encoded
-    picture is decoded too), and then renamed: each is whole or not there. Until the index is there nothing can be trained on.
-    Pictures that cannot be decoded are named and kept as they are, so that ids stay.
-    Raises BadInput for what cannot work, a changed `source` and other parameters than those of `out` among it;
-    StorageFailure where a shard cannot be written or is not what was written.
+    A shard is written under another name, flushed, read back and compared with what was written, and then renamed: each is
+    whole or not there. Its SHA-256 goes into SUMS beside it. Until the index is there nothing can be trained on. When it goes
+    on, a shard that is not what its SHA-256 says, and one of whose pictures the size or time has changed, is written anew.
+    Pictures that cannot be decoded are named and kept as they are, and those that cannot be read are named and packed as
+    empty ones, which a run replaces, so that ids stay.
+    Raises BadInput for what cannot work, other names in `source` and other parameters than those of `out` among it;
+    StorageFailure where a shard cannot be written or is not what was written, where the storage of `source` fails, and where
+    one picture in a hundred (and more than ten) cannot be read.
     """
     _require_sensible(shard_size, encoding)
     splits = [split for split in SPLITS if (source / split).is_dir()]
@@ -131,19 +160,33 @@ def pack(
         indexes[split] = read_index(source / split)
         if indexes[split].spans is not None:
             raise BadInput(f"{str(source / split)!r} holds tar shards already")
+    of_train, of_val = (set(indexes[split].classes) if split in indexes else set() for split in SPLITS)
+    if of_train and of_val and of_train != of_val:
+        raise BadInput(
+            f"train/ and val/ in {str(source)!r} hold different classes, as {min(of_train ^ of_val)!r}, so that their labels "
+            "would not mean the same: give both the same ones, or pack each by itself"
+        )
+    states = functools.cache(lambda split: _states(indexes[split]))
     try:
         if out.is_dir() and not (out / PLAN).is_file() and any(path.name != ".lock" for path in out.iterdir()):
             raise BadInput(f"{str(out)!r} holds something else: name a folder that is new or empty")
         out.mkdir(parents=True, exist_ok=True)
         with (out / ".lock").open("a") as lock:
             _lock(lock.fileno(), out)
-            bounds = _plan(source, out, indexes, shard_size, encoding)
+            bounds = _plan(source, out, indexes, states, shard_size, encoding)
             for split in splits:
                 (out / split).mkdir(exist_ok=True)
                 if not isinstance(_finished(out / split, indexes[split], bounds[split]), Index):
                     (out / split / UNFINISHED).touch()
             return {
-                split: _pack(indexes[split], out / split, bounds[split], encoding, processes or cores())
+                split: _pack(
+                    indexes[split],
+                    out / split,
+                    bounds[split],
+                    functools.partial(states, split),
+                    encoding,
+                    processes or cores(),
+                )
                 for split in splits
             }
     except OSError as error:
@@ -172,7 +215,12 @@ def _lock(number: int, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 def _plan(
-    source: Path, out: Path, indexes: dict[str, Index], shard_size: int, encoding: Encoding | None
+    source: Path,
+    out: Path,
+    indexes: dict[str, Index],
+    states: Callable[[str], np.ndarray],
+    shard_size: int,
+    encoding: Encoding | None,
 ) -> dict[str, list[int]]:
     """Of each split, ids at which shards begin, and the number of samples: as was decided when `out` was begun."""
     asked = {
@@ -202,22 +250,38 @@ def _plan(
                     "another folder"
                 )
         return bounds
-    bounds = {split: _cut(index, shard_size, encoding) for split, index in indexes.items()}
-    working = out / f".{PLAN}.partial"
-    working.write_text(json.dumps({**asked, "bounds": bounds}), encoding="utf-8")
-    os.replace(working, path)
+    bounds = {split: _cut(index, states(split)[:, 0], shard_size, encoding) for split, index in indexes.items()}
+    _write(path, json.dumps({**asked, "bounds": bounds}))
     return bounds
 
 
-def _cut(index: Index, shard_size: int, encoding: Encoding | None) -> list[int]:
-    def size(path: str) -> int:
-        try:
-            return os.stat(index.root / path).st_size
-        except OSError as error:
-            raise _unreadable(index.root, path, error) from None
+def _write(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    working = path.with_name(f".{path.name}.partial")
+    with working.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(working, path)
 
-    with ThreadPoolExecutor(16) as pool:  # a file's size takes a round trip to a file system's server
-        sizes = np.fromiter(pool.map(size, index.paths), dtype=np.int64, count=len(index))
+
+def _states(index: Index) -> np.ndarray:
+    """(N, 2) int64: size and mtime_ns of each picture; 0 where it has none."""
+
+    def state(path: str) -> tuple[int, int]:
+        try:
+            found = os.stat(index.root / path)
+        except OSError as error:
+            if error.errno in _LOST:
+                return 0, 0
+            raise _failed(index.root / path, error) from None
+        return found.st_size, found.st_mtime_ns
+
+    with ThreadPoolExecutor(16) as pool:  # each takes a round trip to a file system's server
+        return np.array(list(pool.map(state, index.paths)), dtype=np.int64)
+
+
+def _cut(index: Index, sizes: np.ndarray, shard_size: int, encoding: Encoding | None) -> list[int]:
     if encoding is not None:
         sizes = (sizes * _shrinkage(index, encoding)).astype(np.int64)
     whole = 512 + -(-sizes // 512) * 512 + (1024 if index.classes else 0)
@@ -235,60 +299,108 @@ def _shrinkage(index: Index, encoding: Encoding) -> float:
     """About what share of its bytes a picture has when it is encoded, by a few that are spread over all."""
     before = after = 0
     for sample in np.linspace(0, len(index) - 1, min(_SAMPLED, len(index))).astype(int):
-        data = _bytes(index.root, index.paths[sample])
         try:
+            data = _bytes(index, sample)
             made = _encode(data, encoding)
-        except ValueError:
+        except _Lost:
+            continue
+        except _Undecodable:
             made = None
         before += len(data)
-        after += len(data) if made is None else len(made[0])
+        after += len(data if made is None else made)
     return min(1.0, after / max(before, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------ the shards
-def _pack(index: Index, folder: Path, bounds: list[int], encoding: Encoding | None, processes: int) -> Packed:
-    done = _finished(folder, index, bounds)
-    if isinstance(done, Index):
+def _pack(
+    index: Index,
+    folder: Path,
+    bounds: list[int],
+    states: Callable[[], np.ndarray],
+    encoding: Encoding | None,
+    processes: int,
+) -> Packed:
+    kept: list[str] = []
+    found = _finished(folder, index, bounds)
+    if isinstance(found, Index):
         log.info("%s is whole; nothing to do", folder)
-        size = sum((folder / name).stat().st_size for name in done.shards)
-        return Packed(len(index), len(done.shards), size, ())
+    else:
+        _write_shards(index, folder, bounds, states(), encoding, processes, kept)
+        found = _finished(folder, index, bounds)
+    if isinstance(found, str):
+        raise StorageFailure(f"{folder / INDEX} does not fit what was written: {found}")
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    assert found.spans is not None
+    empty = tuple(found.paths[sample] for sample in np.flatnonzero(found.spans[:, 2] == 0))
+    size = sum((folder / name).stat().st_size for name in found.shards)
+    return Packed(len(index), len(found.shards), size, tuple(kept), empty)
+
+
+def _write_shards(
+    index: Index,
+    folder: Path,
+    bounds: list[int],
+    states: np.ndarray,
+    encoding: Encoding | None,
+    processes: int,
+    kept: list[str],
+) -> None:
+    """Write the shards that are not there, SUMS and the index; what could not be encoded again goes into `kept`."""
     starts = list(itertools.pairwise(bounds))
+    names = tuple(_shard_name(number) for number in range(len(starts)))
+    sources = [hashlib.sha256(states[start:end].tobytes()).hexdigest() for start, end in starts]
+    sums = read_sums(folder)
+    sums = {
+        name: sums[name] for name, source in zip(names, sources, strict=True) if sums.get(name, ("", ""))[1] == source
+    }
+    _write(folder / SUMS, "".join(sum_line(name, *sums[name]) for name in sums))
     jobs = [
         _Job(
             str(index.root),
             index.paths[start:end],
             tuple(index.labels[start:end].tolist()),
             start,
-            str(folder / _shard_name(number)),
+            str(folder / name),
             encoding,
+            sums[name][0] if name in sums else None,
         )
-        for number, (start, end) in enumerate(starts)
+        for name, (start, end) in zip(names, starts, strict=True)
     ]
     spans = np.zeros((len(index), 3), dtype=np.int64)
     sizes = [0] * len(jobs)
-    kept: list[str] = []
+    lost: list[str] = []
     line = ProgressLine(f"packing {folder.name}", len(index))
-    for job, shard in each(_write_shard, jobs, min(processes, len(jobs))):
-        if shard is None:
-            raise StorageFailure(
-                f"the process that wrote {job.target} died, of memory perhaps: give fewer --processes; the same command goes on"
-            )
-        number = int(Path(job.target).stem)
-        spans[job.first : job.first + len(job.paths)] = [(number, *span) for span in shard.spans]
-        sizes[number] = shard.size
-        for text in shard.kept:
-            log.warning("not encoded again, and kept as it is: %s", text)
-        kept += shard.kept
-        line.add(len(job.paths))
+    with (folder / SUMS).open("a", encoding="utf-8") as record:
+        for job, shard in each(_write_shard, jobs, min(processes, len(jobs))):
+            if shard is None:
+                raise StorageFailure(
+                    f"the process that wrote {job.target} died, of memory perhaps: give fewer --processes; the same command "
+                    "goes on"
+                )
+            number = int(Path(job.target).stem)
+            spans[job.first : job.first + len(job.paths)] = [(number, *span) for span in shard.spans]
+            sizes[number] = shard.size
+            sums[names[number]] = (shard.sum, sources[number])
+            if not shard.there and not shard.lost:  # a picture that was lost may be there when this goes on
+                record.write(sum_line(names[number], *sums[names[number]]))
+                record.flush()
+                os.fsync(record.fileno())
+            for text in shard.kept:
+                log.warning("not encoded again, and kept as it is: %s", text)
+            for text in shard.lost:
+                log.warning("not read, and packed as an empty picture: %s", text)
+            kept += shard.kept
+            lost += shard.lost
+            if len(lost) > max(10, len(index) // 100):
+                raise StorageFailure(
+                    f"{len(lost)} pictures below {str(index.root)!r} cannot be read, as {lost[-1]}: look whether all of it is "
+                    "mounted and may be read, or put empty files there; the same command goes on"
+                )
+            line.add(len(job.paths), before=shard.there)
     for path in folder.glob(".*.partial"):
         path.unlink()
-    names = tuple(_shard_name(number) for number in range(len(jobs)))
+    _write(folder / SUMS, "".join(sum_line(name, *sums[name]) for name in names))
     write_shard_index(Index(folder, index.paths, index.labels, index.classes, spans, names), sizes)
-    found = _finished(folder, index, bounds)
-    if isinstance(found, str):
-        raise StorageFailure(f"{folder / INDEX} does not fit what was written: {found}")
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return Packed(len(index), len(jobs), sum(sizes), tuple(kept))
 
 
 def _shard_name(number: int) -> str:
@@ -306,42 +418,55 @@ def _finished(folder: Path, index: Index, bounds: list[int]) -> Index | str:
     return found if same and len(found.shards) == len(bounds) - 1 else "it is of other pictures"
 
 
+class _Summed(io.BufferedWriter):
+    """A file that is written from its beginning to its end, and the SHA-256 of what it should then hold."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.sum = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sum.update(data)
+        return super().write(data)
+
+
 def _write_shard(job: _Job) -> _Shard:
     """Write one shard, or see that it is there. In a worker."""
     target = Path(job.target)
-    if target.is_file():
-        there = _members(target, job)
+    if job.known is not None:
+        there = _there(target, job, job.known)
         if there is not None:
             return there
+    source = Index(Path(job.root), job.paths, np.empty(0), ())
     working = target.with_name(f".{target.name}.partial")
-    written: list[tuple[str, bytes, tuple[int, int] | None]] = []
     kept: list[str] = []
+    lost: list[str] = []
     try:
-        with working.open("wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        with _Summed(working) as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for place, path in enumerate(job.paths):
-                data = _bytes(Path(job.root), path)
-                ending, size = os.path.splitext(path)[1].lower(), None
-                if job.encoding is not None:
-                    try:
-                        made = _encode(data, job.encoding)
-                    except ValueError as error:
-                        made = None
-                        kept.append(f"{Path(job.root) / path}: {error}")
-                    if made is not None:
-                        data, size = made
-                        ending = ".jpg"
-                members = [(ending, data, size)]
+                ending = os.path.splitext(path)[1].lower()
+                made = None
+                try:
+                    data = _bytes(source, place)
+                    made = None if job.encoding is None else _encode(data, job.encoding)
+                except _Lost as error:
+                    data = b""
+                    lost.append(f"{source.name(place)}: {error}")
+                except _Undecodable as error:
+                    kept.append(f"{source.name(place)}: {error}")
+                if made is not None:
+                    data, ending = made, ".jpg"
+                members = [(ending, data)]
                 if job.labels[place] >= 0:
-                    members.append((".cls", str(job.labels[place]).encode(), None))
-                for end, content, pixels in members:
+                    members.append((".cls", str(job.labels[place]).encode()))
+                for end, content in members:
                     member = tarfile.TarInfo(f"{_key(job, place)}{end}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
-                    written.append((member.name, _digest(content), pixels))
         with working.open("rb+") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not from memory
-        _verify(working, written)
+        _verify(working, raw.sum.hexdigest())
         os.replace(working, target)
     except OSError as error:
         working.unlink(missing_ok=True)
@@ -353,13 +478,21 @@ def _write_shard(job: _Job) -> _Shard:
         raise StorageFailure(
             f"{job.target} does not hold what was written; look at the disk, then give the same command"
         )
-    return shard._replace(kept=kept)
+    return shard._replace(sum=raw.sum.hexdigest(), kept=kept, lost=lost, there=False)
+
+
+def _there(target: Path, job: _Job, known: str) -> _Shard | None:
+    try:
+        shard = _members(target, job) if sha256(target) == known else None
+    except OSError:  # a disk that cannot read it may yet write it anew
+        return None
+    return None if shard is None else shard._replace(sum=known)
 
 
 def _members(target: Path, job: _Job) -> _Shard | None:
     """Where this job's samples lie in a shard; None where it does not hold them."""
     try:
-        members = iter(tar_members(target))
+        members = iter(tar_members(target)[0])
         spans = []
         for place, label in enumerate(job.labels):
             name, offset, size = next(members)
@@ -370,58 +503,53 @@ def _members(target: Path, job: _Job) -> _Shard | None:
                 return None
         if next(members, None) is not None:
             return None
-        return _Shard(spans, target.stat().st_size, [])
+        return _Shard(spans, target.stat().st_size, "", [], [], True)
     except (StopIteration, tarfile.TarError, OSError):
         return None
 
 
-def _verify(path: Path, written: Sequence[tuple[str, bytes, tuple[int, int] | None]]) -> None:
-    """Raises StorageFailure where the tar does not hold what was written."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for name, digest, pixels in written:
-                member: Any = archive.next()
-                content = archive.extractfile(member).read() if member is not None else b""  # type: ignore[union-attr]
-                if member is None or member.name != name or _digest(content) != digest:
-                    raise ValueError(name)
-                if pixels is not None:
-                    with Image.open(io.BytesIO(content), formats=["JPEG"]) as picture:
-                        picture.load()
-                        if picture.size != pixels:
-                            raise ValueError(name)
-            if archive.next() is not None:
-                raise ValueError("more")
-    except (ValueError, tarfile.TarError) as error:
+def _verify(path: Path, wanted: str) -> None:
+    """Raises StorageFailure where the file is not what was written."""
+    if sha256(path) != wanted:
         path.unlink(missing_ok=True)
         raise StorageFailure(
-            f"{path} could not be read back as it was written ({error}): look at the disk; the same command goes on"
-        ) from None
+            f"{path} could not be read back as it was written: look at the disk; the same command goes on"
+        )
 
 
 def _key(job: _Job, place: int) -> str:
     return f"{job.first + place:09d}"
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+class _Lost(Exception):
+    """A picture that cannot be read."""
 
 
-def _bytes(root: Path, path: str) -> bytes:
+class _Undecodable(Exception):
+    """A picture that cannot be encoded again."""
+
+
+def _bytes(index: Index, sample: int) -> bytes:
     try:
-        return (root / path).read_bytes()
+        return index.read(sample).tobytes()
     except OSError as error:
-        raise _unreadable(root, path, error) from None
+        if error.errno in _LOST:
+            raise _Lost(error.strerror or str(error)) from None
+        raise _failed(index.root / index.paths[sample], error) from None
 
 
-def _unreadable(root: Path, path: str, error: OSError) -> BadInput:
-    return BadInput(f"cannot read {str(root / path)!r}: {error.strerror}; the same command goes on once it can")
+def _failed(path: Path, error: OSError) -> StorageFailure:
+    return StorageFailure(
+        f"cannot read {str(path)!r}: {error.strerror or error}; the same command goes on once it can, or once an empty file "
+        "lies there"
+    )
 
 
-def _encode(data: bytes, encoding: Encoding) -> tuple[bytes, tuple[int, int]] | None:
-    """JPEG with the shorter side of `short_side`, and its (width, height); None where it is not longer.
+def _encode(data: bytes, encoding: Encoding) -> bytes | None:
+    """JPEG with the shorter side of `short_side`; None where it is not longer.
 
-    The EXIF orientation is dropped and not applied, since the loader does not apply it. Raises ValueError where the picture
-    cannot be decoded, or has more than 8 bits.
+    The EXIF orientation is dropped and not applied, since the loader does not apply it. Raises _Undecodable where the picture
+    cannot be decoded, before or after, or has more than 8 bits.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
@@ -436,8 +564,12 @@ def _encode(data: bytes, encoding: Encoding) -> tuple[bytes, tuple[int, int]] | 
             small = picture.convert(_SAVED[picture.mode]).resize(size, Image.Resampling.BICUBIC)
             made = io.BytesIO()
             small.save(made, "JPEG", quality=encoding.quality)
+        with Image.open(made, formats=["JPEG"]) as again:
+            again.load()
+            if again.size != size:
+                raise ValueError(f"encoded, it has {again.size} pixels")
     except UnidentifiedImageError:
-        raise ValueError("no picture" if data else "the file is empty") from None
+        raise _Undecodable("no picture" if data else "the file is empty") from None
     except Exception as error:  # PIL raises many types on damaged pictures; all mean the same here
-        raise ValueError(str(error) or type(error).__name__) from None
-    return made.getvalue(), size
+        raise _Undecodable(str(error) or type(error).__name__) from None
+    return made.getvalue()

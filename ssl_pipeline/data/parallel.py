@@ -94,7 +94,7 @@ def _begin() -> None:
 
 
 class ProgressLine:
-    """How far `total` things are: one line that changes on a terminal, a line every half minute elsewhere.
+    """How far `total` things are: one line that changes on a terminal; elsewhere a line every half minute and at the end.
 
     Args:
         what: is done, as `packing train`.
@@ -103,18 +103,19 @@ class ProgressLine:
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total = what, total
-        self.done = 0
+        self.done = self._before = 0
         self._start = self._told = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
-    def add(self, count: int) -> None:
-        """So many more are done."""
+    def add(self, count: int, *, before: bool = False) -> None:
+        """So many more are done; `before`: by an earlier process, so that they say nothing of the rate."""
         self.done += count
+        self._before += count * before
         now = time.monotonic()
-        if now - self._told < (0.2 if self._terminal else 30) and not (self._terminal and self.done >= self.total):
+        if now - self._told < (0.2 if self._terminal else 30) and self.done < self.total:
             return
         self._told = now
-        rate = self.done / max(now - self._start, 1e-9)
+        rate = max(self.done - self._before, 1) / max(now - self._start, 1e-9)
         left = int((self.total - self.done) / rate)
         text = (
             f"{self.what}: {self.done:,} of {self.total:,} ({100 * self.done // self.total} %), {rate:,.0f} a second, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import lzma
 import os
 import re
 import shutil
@@ -36,6 +37,10 @@ SOURCES = {
 
 SMALL = 1 << 26
 """Bytes above which a list of labels or names is none."""
+
+UNPACKED = 100
+"""Times the size of an archive that its files may have together: pictures, and lists of their names, are hardly ever smaller
+packed. zip and gzip reach 1000 with zeros."""
 
 Picture = tuple[str, str, IO[bytes] | np.ndarray | Path]
 """(split, path below it, the picture): an open file, pixels (H, W, 3), or the path of a file that may be linked."""
@@ -87,6 +92,7 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = (), classes: Path | 
     shutil.rmtree(working, ignore_errors=True)
     written: Counter[str] = Counter()
     try:
+        working.mkdir(parents=True)  # nobody else's, whom rmtree could not remove
         for split, path, picture in makers[name]():
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise BadInput(f"the source names a class or picture {path!r}, which would not lie below {str(out)!r}")
@@ -102,7 +108,8 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = (), classes: Path | 
         counts = {split: len(image_folder(working / split)) for split in ("train", "val")}
         counts |= {split: count for split, count in written.items() if split not in counts}
         os.replace(working, out)
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
+            NotImplementedError, RuntimeError) as error:  # fmt: skip
         raise BadInput(f"cannot make {str(out)!r}: {error}") from None
     finally:
         shutil.rmtree(working, ignore_errors=True)
@@ -141,12 +148,10 @@ def _members(source: Path) -> Iterator[Member]:
             yield from _named(path.relative_to(source), path.stat().st_size, functools.partial(path.open, "rb"))
     elif source.is_file() and tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
-            yield from _tar_members(archive)
+            yield from _no_bomb(_tar_members(archive), source, source.stat().st_size)
     elif source.is_file() and zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as zipped:
-            for info in zipped.infolist():
-                if not info.is_dir():
-                    yield from _named(info.filename, info.file_size, functools.partial(zipped.open, info))
+            yield from _no_bomb(_zip_members(zipped), source, source.stat().st_size)
     else:
         raise BadInput(f"source {str(source)!r} is neither a folder nor a tar or zip that can be read")
 
@@ -155,6 +160,25 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
     for info in archive:
         if info.isfile():
             yield from _named(info.name, info.size, functools.partial(archive.extractfile, info))
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    for info in archive.infolist():
+        if not info.is_dir():
+            yield from _named(info.filename, info.file_size, functools.partial(archive.open, info))
+
+
+def _no_bomb(members: Iterable[Member], archive: Path | PurePosixPath, size: int) -> Iterator[Member]:
+    """The files of an archive of `size` bytes. Raises BadInput before the one with which they have over UNPACKED times that."""
+    whole = 0
+    for member in members:
+        whole += member.size
+        if whole > max(UNPACKED * size, SMALL):
+            raise BadInput(
+                f"{str(archive)!r} has {size:,} bytes and its files have {whole:,} or more, which no pictures have: unpack it "
+                "by hand where you trust it, and give the folder"
+            )
+        yield member
 
 
 def _named(name: str | Path, size: int, opened: Callable[[], Any]) -> Iterator[Member]:
@@ -365,7 +389,7 @@ def _imagenet(sources: Sequence[Path]) -> Iterator[Picture]:
                 f"{inner.path.name} in {str(kinds['train'])!r} is no tar of a class that the development kit has"
             )
         with inner.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in _tar_members(archive):
+            for member in _no_bomb(_tar_members(archive), inner.path, inner.size):
                 yield "train", f"{wnid}/{member.path.name}", member.open()
     seen: set[int] = set()
     for member in _members(kinds["val"]):

@@ -29,19 +29,19 @@ def generator(seed: int, purpose: Purpose, *counter: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(counter=words, key=np.array([seed, purpose], dtype=np.uint64)))
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of samples in an epoch, (count,) int64."""
-    return generator(seed, Purpose.ORDER, epoch).permutation(count)
+def permutation(seed: int, epoch: int, count: int, rollbacks: int = 0) -> np.ndarray:
+    """The order of samples in an epoch, (count,) int64; another one after each of a run's `rollbacks`."""
+    return generator(seed, Purpose.ORDER, epoch, 0, rollbacks).permutation(count)
 
 
-def windowed_permutation(seed: int, epoch: int, shards: np.ndarray, window: int) -> np.ndarray:
+def windowed_permutation(seed: int, epoch: int, shards: np.ndarray, window: int, rollbacks: int = 0) -> np.ndarray:
     """An order of samples, (N,) int64, that reads few shards at a time: `shards` (N,) is the shard of each sample.
 
     The shards are put into a random order and cut into windows of `window` (the last one may have fewer); within each
-    window all samples are in random order. Every sample once; a function of (seed, epoch) and the shards alone.
+    window all samples are in random order. Every sample once; a function of (seed, epoch, rollbacks) and the shards alone.
     """
-    draws = generator(seed, Purpose.ORDER, epoch, 1)
-    count = int(shards.max()) + 1
+    draws = generator(seed, Purpose.ORDER, epoch, 1, rollbacks)
+    count = int(shards.max(initial=-1)) + 1
     place = np.empty(count, dtype=np.int64)
     place[draws.permutation(count)] = np.arange(count)
     return np.lexsort((draws.random(len(shards)), place[shards] // window))

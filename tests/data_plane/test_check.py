@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from PIL import Image
 
 from ssl_pipeline import cli, config, distributed
 from ssl_pipeline.data import check as checking
+from ssl_pipeline.data import index as indexes
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.check import check
-from ssl_pipeline.data.index import image_folder
+from ssl_pipeline.data.index import Index, image_folder
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.data.pack import pack
 from ssl_pipeline.data.parallel import each
@@ -63,13 +65,22 @@ def mixed(photos: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without processes, each of which imports torch; the first test has one."""
+    """Without processes, each of which imports torch; the first test has two."""
     monkeypatch.setattr(checking, "each", lambda work, jobs, processes: [(job, work(job)) for job in jobs])
     monkeypatch.setattr(checking, "_be_quiet", lambda: None)
 
 
-def test_it_finds_what_the_loader_would_replace(mixed: Path) -> None:
-    report = check(mixed, processes=1)
+def test_it_finds_what_the_loader_would_replace(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(work, jobs, processes):
+        asked.append((len(jobs), processes))
+        return each(work, jobs, processes)
+
+    monkeypatch.setattr(checking, "each", counted)
+    monkeypatch.setattr(checking, "CHUNK", 5)
+    report = check(mixed, processes=2)
+    assert asked[-1] == (6, 2)
     found = {Path(name).name: reason for name, reason in report.bad}
     assert set(found) == set(BAD)
     assert found["empty.jpg"] == "the file is empty"
@@ -105,7 +116,52 @@ def test_shards_are_checked_too(mixed: Path, tmp_path: Path, in_process: None) -
     (tmp_path / "out" / "val" / "b.tar").write_bytes(b"no tar" * 500)
     broken = check(tmp_path / "out", processes=1)
     assert broken.checked == 1
-    assert [Path(name).name for name, _ in broken.bad] == ["val", "b.tar", "index.npz"]
+    assert [Path(name).name for name, _ in broken.bad] == ["val", "b.tar", "b.tar", "index.npz"]
+
+
+def test_shards_that_are_not_what_was_packed_are_found(mixed: Path, tmp_path: Path, in_process: None) -> None:
+    """What neither the index nor a decoder sees: two shards in each other's place, a label that was flipped."""
+    for name in BAD:
+        (mixed / "train" / "a" / name).unlink()
+    for number in range(6):  # in shards of one size
+        shutil.copyfile(mixed / "train" / "a" / "one.png", mixed / "train" / "a" / f"x{number}.png")
+        with (mixed / "train" / "a" / f"x{number}.png").open("ab") as file:
+            file.write(bytes([number]) * 95_000)
+    folder = tmp_path / "out" / "train"
+    pack(mixed, tmp_path / "out", shard_size=100_000, processes=1)
+    assert check(tmp_path / "out").bad == []
+    sizes = {path: path.stat().st_size for path in sorted(folder.glob("*.tar"))}
+    one, other, third = [path for path in sizes if list(sizes.values()).count(sizes[path]) >= 5][:3]
+    one.rename(folder / "x")
+    other.rename(one)
+    (folder / "x").rename(other)
+    with tarfile.open(third) as archive:
+        place = next(m.offset_data for m in archive if m.name.endswith(".cls"))
+    data = bytearray(third.read_bytes())
+    data[place] ^= 1
+    third.write_bytes(data)
+    assert isinstance(indexes.read_shard_index(folder), Index)
+    reason = "it is not what SHA256SUMS says: copy or pack it again"
+    assert check(tmp_path / "out").bad == [(str(path), reason) for path in sorted((one, other, third))]
+    (folder / "SHA256SUMS").unlink()
+    assert check(tmp_path / "out").bad == []
+
+
+def test_a_picture_that_ends_its_process_is_found_among_the_others(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = ("train/a/cmyk.jpg", "val/a/ü 1.jpg")
+    monkeypatch.setattr(checking, "_be_quiet", lambda: None)
+    monkeypatch.setattr(
+        checking,
+        "each",
+        lambda work, jobs, processes: [(job, None if set(deadly) & set(job.paths) else work(job)) for job in jobs],
+    )
+    report = check(mixed, processes=1)
+    found = {Path(name).name: reason for name, reason in report.bad}
+    assert set(found) == {*BAD, "cmyk.jpg", "ü 1.jpg"}
+    assert [name for name in found if found[name] == "decoding it ends the process"] == ["cmyk.jpg", "ü 1.jpg"]
+    assert report.checked == 28
 
 
 def test_the_verb_exits_with_2_or_0(mixed: Path, capsys: pytest.CaptureFixture, in_process: None) -> None:

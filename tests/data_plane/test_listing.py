@@ -17,6 +17,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is old enough, and a cache that keeps every listing."""
     monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(listings, "CACHED_FROM", 0)
+    monkeypatch.setattr(listings, "SETTLED", -1.0)  # nothing but time itself can make a ctime old
     for name in ("b/2.jpg", "b/x/1.JPEG", "a/1.png", "a-b/1.png", "a/ü.jpg", "a/two\nlines.png", ".hidden/3.jpg"):
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,11 +28,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "root"
 
 
-def settle(root: Path, seconds: float = 100.0) -> None:
+def settle(root: Path) -> None:
     """As if nothing had been changed for a while."""
     for folder, _, _ in os.walk(root):
-        state = os.stat(folder)
-        os.utime(folder, ns=(state.st_atime_ns, state.st_mtime_ns - int(seconds * 1e9)))
+        os.utime(folder, ns=(10**18, 10**18))
 
 
 class Walks:
@@ -81,8 +81,23 @@ def test_a_change_is_seen(root: Path, change) -> None:
     assert (again.pictures, again.folders) == (list_folder(root).pictures, list_folder(root).folders)
 
 
-def test_what_was_changed_just_now_is_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_is_seen_where_the_times_were_set_back(root: Path) -> None:
+    """As tar and rsync set a folder's time after they wrote into it."""
+    read_index(root)
     (root / "b" / "3.jpg").touch()
+    before = os.stat(root / "b").st_ctime_ns
+    while os.stat(root / "b").st_ctime_ns == before:  # until the file system's clock has ticked
+        settle(root)
+    assert os.stat(root / "b").st_mtime_ns == 10**18
+    assert "b/3.jpg" in listing(root).pictures
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_what_was_changed_just_now_is_not_kept(root: Path, back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "SETTLED", 3600.0)
+    (root / "b" / "3.jpg").touch()
+    if back:
+        settle(root)
     walks = Walks(monkeypatch)
     read_index(root)
     read_index(root)

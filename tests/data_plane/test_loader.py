@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,9 @@ from sklearn.datasets import load_sample_images
 from ssl_pipeline import config, distributed
 from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import ViewSpec
-from ssl_pipeline.data.index import image_folder
+from ssl_pipeline.data.index import Index, image_folder
 from ssl_pipeline.data.loader import Loader
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.pretrain import PretrainConfig
 from tests.ranks import on_ranks
 
@@ -110,6 +114,51 @@ def test_another_number_of_ranks_finishes_the_epoch(photos: Path) -> None:
         part.load_state_dict(state)
         parts.append(seen(part))
     assert [row for pair in zip(*parts, strict=True) for row in pair] == whole[16:]
+
+
+def test_after_a_rollback_the_rest_of_the_epoch_comes_once_and_otherwise(photos: Path) -> None:
+    plain, next_epoch = seen(make(photos)), seen(make(photos), epochs=2)[64:]
+    data = make(photos)
+    rows = []
+    for done in (1, 2):  # twice in one epoch
+        for batch in data:
+            rows += batch.ids.tolist()
+            break
+        made_ahead = data._ahead
+        data.rekey(done)
+        assert not made_ahead
+    assert data.rollbacks == 2
+    state = data.state_dict()
+    rest = seen(data)
+    ids = [sample for _, sample, _ in rest]
+    assert rows[:16] == [sample for _, sample, _ in plain[:16]]
+    assert rows[16:] != [sample for _, sample, _ in plain[16:32]]
+    assert sorted(rows + ids) == list(range(64))
+    assert set(rest) < set(plain)  # the same views of each
+    assert [sample for step in range(4) for sample in data.batch_ids(0, step)] == rows + ids
+    parts = []
+    for rank in range(2):
+        part = make(photos, rank, 2)
+        part.load_state_dict(state)
+        assert part.rollbacks == 2
+        parts.append(seen(part))
+    assert [row for pair in zip(*parts, strict=True) for row in pair] == rest
+    assert seen(data) == next_epoch
+
+
+def test_a_rollback_to_the_end_of_an_epoch_is_of_the_next_one(photos: Path) -> None:
+    plain = [[sample for _, sample, _ in seen(make(photos), epochs=2)[64:]]]
+    for rollbacks in (1, 2):
+        data = make(photos)
+        for _ in range(3):
+            next(iter(data))
+        for _ in data:
+            data.load_state_dict(data.state_dict())  # as of a checkpoint at the epoch's end
+            break
+        data.rekey(rollbacks)
+        plain.append([sample for _, sample, _ in seen(data)])
+    assert all(sorted(order) == list(range(64)) for order in plain)
+    assert len({tuple(order) for order in plain}) == 3
 
 
 def test_evaluation_is_one_pass_in_order_with_nothing_dropped(photos: Path) -> None:
@@ -319,8 +368,18 @@ def meet(root: str, gone: str, epochs: int) -> list:
             digests = [digest(a) + digest(b) for a, b in zip(*batch.views, strict=True)]
             rows += [[epoch, *row] for row in zip(wanted, batch.ids.tolist(), digests, strict=True)]
         data.all_bad()
+    state, summary = data.state_dict(), data.bad_summary()
+    again = Loader(data.index, SMALL, 20, seed=5, world=world, threads=1)
+    left = []
+    for mended in ("", "truncated.jpg", "only DALI sees it.jpg"):
+        if mended and world.is_main and (Path(root) / "china" / mended).exists():
+            shutil.copyfile(Path(root) / "china" / "000.jpg", Path(root) / "china" / mended)
+        distributed.together(lambda: None)
+        again.load_state_dict(state)
+        again.try_bad_again()
+        left.append(sorted(again.bad))
     log.removeHandler(handler)
-    return [rows, lines, data.state_dict(), data.bad_summary()]
+    return [rows, lines, state, summary, left]
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -342,8 +401,11 @@ def test_no_bad_file_stops_a_run(ranks: int, photos: Path, tmp_path: Path) -> No
     both = on_ranks(ranks, meet, *broken) if ranks > 1 else [meet(*broken)]
 
     unreadable = {ids[name] for name in bad} | {40}
-    for rows, _, state, summary in both:
+    for rows, _, state, summary, again in both:
         assert state["bad"] == both[0][2]["bad"]
+        # What is asked again on going on: as it was while the files are, and without those that were mended since.
+        mended = unreadable - {ids["truncated.jpg"]}
+        assert again == [sorted(unreadable), sorted(mended), sorted(mended - {ids["only DALI sees it.jpg"]})]
         assert set(state["bad"]) == unreadable
         assert "another rank" not in summary
         for name in (*bad, Path(gone).name):
@@ -356,6 +418,10 @@ def test_no_bad_file_stops_a_run(ranks: int, photos: Path, tmp_path: Path) -> No
     lines = [line for _, said, *_ in both for line in said]
     for name in (*bad, Path(gone).name):
         assert sum(f"/{name}:" in line for line in lines) == 1, name
+    told = [line for line in lines if "can be read now, and take part again from here" in line]
+    assert [line.rpartition(": ")[2] for line in told] == [
+        "china/truncated.jpg", "china/only DALI sees it.jpg, china/truncated.jpg"
+    ]  # fmt: skip
     # The choice of a replacement is keyed: one rank alone makes the same, where it knows what all met.
     alone = Loader(index, SMALL, 20, seed=5, world=place(0, 1), threads=1)
     alone.load_state_dict({"epoch": 2, "consumed": 0, "bad": both[0][2]["bad"]})
@@ -404,3 +470,187 @@ def test_the_remedy_is_for_the_half_that_is_slow(photos: Path, monkeypatch: pyte
     assert data.remedy() == threads  # since then, nothing was waited for
     data.threads = 4
     assert "try more cores a rank" in data.remedy()
+
+
+# --------------------------------------------------------------------------------------------------- storage that fails
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, str], bool], number: int = errno.ESTALE) -> None:
+    """Opening a picture raises an error where `fails(how many were opened before, path)`."""
+    opened, really = 0, os.open
+
+    def open_(path: str, *more: int, **named: int) -> int:
+        nonlocal opened
+        if str(path).endswith(".jpg"):
+            opened += 1
+            if fails(opened - 1, str(path)):
+                raise OSError(number, os.strerror(number), path)
+        return really(path, *more, **named)
+
+    monkeypatch.setattr("ssl_pipeline.data.index.os.open", open_)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE])
+def test_a_storage_that_fails_for_a_while_is_waited_for(
+    number: int, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = seen(make(photos))
+    failing(monkeypatch, lambda before, _: 20 <= before < 34, number)
+    data = make(photos)
+    assert seen(data) == whole
+    assert data.state_dict()["bad"] == {}
+    assert caplog.text.count("asking again for 240 s") == 1
+    assert f"rank 0 cannot read {photos / 'train'}" in caplog.text
+    assert caplog.text.count("rank 0 reads again after") == 1
+
+
+def test_what_was_given_is_not_asked_for_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read in three fails: all of a batch at once would never come."""
+    whole = seen(make(photos))
+    monkeypatch.setattr(loader, "PATIENCE", 20.0)
+    failing(monkeypatch, lambda before, _: before % 3 == 0, errno.ETIMEDOUT)
+    data = make(photos)
+    assert seen(data) == whole
+    assert data.all_bad() == {}
+
+
+def test_a_storage_that_stays_away_ends_the_run_and_marks_nothing(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = seen(make(photos))
+    data = make(photos)
+    rows = [(0, int(i), digest(a) + digest(b)) for batch in [next(iter(data))]
+            for i, a, b in zip(batch.ids, *batch.views, strict=True)]  # fmt: skip
+    state = data.state_dict()
+    monkeypatch.setattr(loader, "PATIENCE", 0.3)
+    with monkeypatch.context() as outage:
+        failing(outage, lambda *_: True)
+        with pytest.raises(
+            StorageFailure, match=r"cannot read .*\.jpg: Stale file handle, nor others, .*goes on"
+        ) as stop:
+            seen(data)
+    assert stop.value.status == 77
+    assert data.state_dict()["bad"] == {}
+    again = make(photos)
+    again.load_state_dict(state)
+    assert rows + seen(again) == whole
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_folder_that_was_unmounted_is_no_million_bad_files(
+    left: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(photos / "train", tmp_path / "train")
+    data = make(tmp_path)
+    whole = seen(make(tmp_path), epochs=2)
+    monkeypatch.setattr(loader, "PATIENCE", 0.3)
+    first = seen(data)
+    state = data.state_dict()
+    (tmp_path / "train").rename(tmp_path / "away")
+    if left == "an empty folder":
+        (tmp_path / "train").mkdir()
+    with pytest.raises(StorageFailure, match="No such file or directory, nor others"):
+        seen(data, epochs=2)  # some of the next one was read before
+    assert data.state_dict()["bad"] == {}
+    if left == "an empty folder":
+        (tmp_path / "train").rmdir()
+    (tmp_path / "away").rename(tmp_path / "train")
+    again = make(tmp_path)
+    again.load_state_dict(state)
+    assert first + seen(again) == whole
+
+
+def test_a_picture_that_alone_is_not_given_is_bad(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {(e, i): d for e, i, d in seen(make(photos))}
+    monkeypatch.setattr(loader, "PATIENCE", 0.2)
+    failing(monkeypatch, lambda _, path: path.endswith("china/007.jpg"), errno.EIO)  # a disk's bad block
+    data = make(photos)
+    rows = seen(data)
+    assert data.all_bad() == {7: f"[Errno 5] Input/output error: '{photos}/train/china/007.jpg'"}
+    assert len(rows) == 64
+    assert all(whole[e, i] == d for e, i, d in rows if [i for _, i, _ in rows].count(i) == 1)
+    again = make(photos)
+    again.load_state_dict(data.state_dict())
+    again.try_bad_again()
+    assert set(again.bad) == {7}
+
+
+def test_a_file_of_absurd_size_is_bad(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "train", tmp_path / "train")
+    huge = tmp_path / "train" / "china" / "huge.jpg"
+    huge.touch()
+    os.truncate(huge, 4 << 40)  # sparse: it takes no room
+    data = make(tmp_path, batch=65)
+    assert len(seen(data)) == 65
+    assert list(data.all_bad().values()) == ["4,398,046,511,104 bytes are more than a picture may have, 1,000,000,000"]
+
+
+# ------------------------------------------------------------------------------------------------------- its own state
+def test_other_pictures_are_not_gone_on_with(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "train", tmp_path / "train")
+    data = make(tmp_path)
+    state = data.state_dict()
+    old = {name: value for name, value in state.items() if name != "pictures"}  # an older version did not say
+    (tmp_path / "train" / "china" / "005.jpg").rename(tmp_path / "train" / "flower" / "x.jpg")
+    other = make(tmp_path)
+    with pytest.raises(
+        BadInput, match=r"pictures in .*train' are not those .*\(64 pictures, .* then, 64 pictures, .* now"
+    ):
+        other.load_state_dict(state)
+    other.load_state_dict(old)
+    (tmp_path / "train" / "flower" / "x.jpg").rename(tmp_path / "train" / "china" / "005.jpg")
+    make(tmp_path).load_state_dict(state)
+    # The names alone do not tell: labels may be read from elsewhere.
+    index = data.index
+    swapped = Index(index.root, index.paths, 1 - index.labels, index.classes)
+    with pytest.raises(BadInput, match="names, labels have changed"):
+        Loader(swapped, SMALL, 16, seed=5, world=place(0, 1), threads=1).load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------------- its views
+def test_exact_comes_from_the_config(photos: Path) -> None:
+    index = image_folder(photos / "train")
+
+    def first(*more: str) -> np.ndarray:
+        tree = config.load("imagenet/simclr", [f"data.root={photos}", "data.batch_size=16", *more])
+        tree.values["data"]["views"][0]["size"] = 48
+        options = config.validate(PretrainConfig, tree.values).data
+        (view, *_) = options.views
+        batch = next(iter(Loader.for_training(options, index, seed=5, world=place(0, 1))))
+        expected = alone(view, index, batch.ids, options.exact)
+        np.testing.assert_array_equal(batch.views[0].numpy(), expected)
+        return expected
+
+    assert np.abs(first("data.exact=true") - first()).max() > 0.01
+
+
+def alone(view: ViewSpec, index: Index, ids: np.ndarray, exact: bool) -> np.ndarray:
+    """A first view by its two functions, without a loader."""
+    from nvidia.dali import fn, pipeline_def
+
+    files = [index.read(int(i)) for i in ids]
+    sizes = np.array([loader.picture_size(file) for file in files])
+    arrays = view.parameters(5, 0, ids, 0, sizes, exact)
+
+    @pipeline_def(batch_size=len(ids), num_threads=1, device_id=None)
+    def graph():
+        inputs = fn.external_source(source=lambda: [files, *arrays], num_outputs=1 + len(arrays), batch=True)
+        return view.nodes(fn.decoders.image(inputs[0], adjust_orientation=False), inputs[1:], exact)
+
+    pipeline = graph()
+    pipeline.build()
+    (out,) = pipeline.run()
+    return np.stack([np.array(out[i]) for i in range(len(ids))])
+
+
+def test_four_equal_views_are_four_draws(photos: Path) -> None:
+    """W-MSE's: of one entry with `count: 4`, each other than the rest, the first two those of `count: 2`."""
+    index = image_folder(photos / "train")
+
+    def first(count: int, rank: int = 0, size: int = 1) -> list[torch.Tensor]:
+        views = [SMALL[0].model_copy(update={"count": count})]
+        return next(iter(Loader(index, views, 16, seed=5, world=place(rank, size), threads=1))).views
+
+    four = first(4)
+    assert len({digest(picture) for view in four for picture in view}) == 64
+    assert [digest(view) for view in first(2)] == [digest(view) for view in four[:2]]
+    for whole, even, odd in zip(four, first(4, 0, 2), first(4, 1, 2), strict=True):
+        assert digest(torch.stack([even, odd], dim=1).flatten(0, 1)) == digest(whole)

@@ -3,12 +3,14 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 
 from ssl_pipeline import backbone, config
 from ssl_pipeline.data.augment import ViewSpec
+from ssl_pipeline.data.index import Index, write_shard_index
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.exits import BadInput
 from tests.ranks import on_ranks
@@ -136,6 +138,33 @@ def test_splits_of_different_classes_are_refused(photos: Path, tmp_path: Path) -
     options = features.Options(weights=None, backbone=backbone.Options(name="resnet18"), root=tmp_path / "d", view=VIEW)
     with pytest.raises(BadInput, match="hold different classes"):
         features.extract(options, "val")
+
+
+def test_numbers_of_shards_are_labels_and_must_mean_the_same(photos: Path, tmp_path: Path) -> None:
+    """Packed shards number the classes that they have: a split that lacks one in the middle would shift the rest."""
+
+    def packed(*, train: str, val: str) -> Path:
+        for split, classes in (("train", train), ("val", val)):
+            folder = tmp_path / f"{train}-{val}" / split
+            folder.mkdir(parents=True)
+            (folder / "0.tar").write_bytes(b"x" * len(classes))
+            spans = np.array([(0, place, 1) for place in range(len(classes))])
+            paths = tuple(f"{name}/1.jpg" for name in classes)
+            write_shard_index(
+                Index(folder, paths, np.arange(len(classes)), tuple(classes), spans, ("0.tar",)), [len(classes)]
+            )
+        return folder.parent
+
+    for wrong in (packed(train="012", val="02"), packed(train="12", val="012")):
+        for split in ("train", "val"):
+            with pytest.raises(BadInput, match="hold different classes"):
+                features.pictures_of(wrong, split)
+    right = packed(train="012", val="01")  # the last numbers may be missing
+    assert features.pictures_of(right, "val").labels.tolist() == [0, 1]
+    assert features.pictures_of(right, "train").labels.tolist() == [0, 1, 2]
+    assert features.pictures_of(packed(train="01", val="01"), "val").labels.tolist() == [0, 1]
+    with pytest.raises(BadInput, match="hold different classes"):  # names are no labels
+        features.pictures_of(packed(train="abc", val="ab"), "val")
 
 
 def test_unreadable_pictures_are_left_out_and_too_many_refused(
