@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METHOD ?= simclr
 DEMO := runs/demo$(if $(filter-out simclr,$(METHOD)),_$(METHOD))
+export METHOD DEMO  # so that what they hold is a word for the shell and no part of its line
 
-.PHONY: setup demo test test-slow test-slurm test-slurm-all slurm-packages check format clean
+.PHONY: setup demo test test-slow test-slurm test-slurm-all chaos slurm-packages check format clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.installed
@@ -16,7 +17,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 demo: setup  ## the main job in minutes: digits -> views -> METHOD + SparseHead -> evaluation -> runs/demo/report.html
-	$(BIN)/ssl-pipeline demo --method $(METHOD) --output $(DEMO)
+	$(BIN)/ssl-pipeline demo --method "$$METHOD" --output "$$DEMO"
 
 # A process a core, each with one thread of torch; a file's tests stay together, and so do their fixtures.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -32,6 +33,9 @@ test-slurm: setup  ## on a real Slurm cluster that is started on this machine; n
 
 test-slurm-all: setup  ## the rest of what can happen to a job there, 25 minutes
 	$(BIN)/python -m pytest -m slurm_all tests/slurm
+
+chaos: setup  ## kills a pretraining of two ranks 50 times, half an hour
+	$(BIN)/python benchmarks/chaos.py --kills 50 --output benchmarks/results/chaos.md
 
 slurm-packages:  ## what the cluster of the tests needs, on Debian
 	apt-get update -qq

@@ -1,6 +1,7 @@
 # What the job scripts beside it share. Sourced by them inside the job; docs/slurm.md tells how to use them.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
+umask go-w # a run is its owner's
 
 # What your cluster needs before Python starts (module load, conda activate, NCCL's variables) goes here.
 
@@ -19,8 +20,9 @@ run_job() {
     mkdir -p "$logs"
     # srun passes signals on to the tasks, and what these return decides: the script itself only must not die of them.
     trap 'signalled=1' TERM USR1 USR2
-    # One task's end ends no other one (all save together); those that hang after one died are ended after four minutes.
-    srun --kill-on-bad-exit=0 --wait=240 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    # One task's end ends no other one (all save together). Those that hang after one died end by distributed.timeout, whose
+    # default is ten minutes, and say why; srun ends what is left.
+    srun --kill-on-bad-exit=0 --wait=720 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
         --open-mode=append --output="$logs/%j_%t.log" "$python" -m ssl_pipeline "$@" &
     pid=$!
     while ((signalled)); do # a signal interrupts `wait`

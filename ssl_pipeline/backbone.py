@@ -6,6 +6,7 @@ every tensor of the backbone must be there with its shape, and nothing else but 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -22,7 +23,7 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import try_to_load_from_cache
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from timm.models.resnet import ResNet
@@ -48,6 +49,17 @@ class Options(config.Options):
     yes)."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the timm model, as {layers: [1, 1, 1, 1]}."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _loads_nothing(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # These name files and addresses, from which some versions of timm unpickle.
+        loading = [
+            name for name in arguments if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir")
+        ]
+        if loading:
+            raise ValueError(f"{loading[0]} loads weights, and a config describes a network alone: leave it out")
+        return arguments
 
 
 def build(options: Options) -> nn.Module:
@@ -93,17 +105,28 @@ def save(backbone: nn.Module, options: Options, path: Path) -> None:
 
     Raises StorageFailure.
     """
-    weights = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    write(backbone.state_dict(), options, path)
+
+
+def write(weights: Mapping[str, Tensor], options: Options, path: Path) -> None:
+    """`save`, of a state dict."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     partial = path.with_name(f".{path.name}.partial")
     partial_options = path.with_name(f".{path.stem}.json.partial")
     try:
-        torch.save(weights, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(weights, file)
+            file.flush()
+            os.fsync(file.fileno())
         partial_options.write_text(json.dumps(options.model_dump(mode="json"), indent=2) + "\n")
         os.replace(partial_options, path.with_suffix(".json"))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise StorageFailure(f"cannot write {path}: {error}; free room and give the same command again") from None
+        for left in (partial, partial_options):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        raise StorageFailure.of(str(path), error) from None
 
 
 def options_beside(path: Path) -> Options | None:

@@ -7,29 +7,39 @@ checked first.
 
     format      1
     step        steps done
-    model       state dict of the method (backbone, head, predictor, targets)
+    model       state dict of the method (backbone, head, predictor, targets, queues)
     optimizer   its state dict;  scaler: the fp16 loss scale's
-    loader      (epoch, samples consumed, unreadable ids)
-    monitor     sums since the last logged step
+    loader      (epoch, samples consumed, unreadable ids, rollbacks)
+    monitor     sums since the last logged step; steps skipped in a row, 0 in a good checkpoint
+    alarms      for how long each has held
     online      the online probe and its optimizer
-    random      torch's generator states, a row a rank
+    random      state of torch's generator on the host, a row a rank;  random_cuda: the same of each rank's device
+    config      the resolved config, plain values
     method, versions    names, for messages
+
+While one is being written training goes on (`Writer`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import errno
 import logging
 import os
 import shutil
+import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline import config
+from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.run_folder import checkpoint_file, saved_steps
 
@@ -47,6 +57,9 @@ class Options(config.Options):
     """Newest checkpoints that stay."""
     backbone_every_epochs: int | None = Field(None, gt=0)
     """Epochs between bare backbones that stay for good, as RUN/backbones/epoch_0100.pth."""
+    max_failed_saves: int = Field(3, gt=0)
+    """Saves that fail one after the other until the run ends (exit status 77). The save that could be the last of them is
+    waited for, with 1 therefore every save."""
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether to save after `step` steps are done."""
@@ -56,11 +69,138 @@ class Options(config.Options):
 
     def backbone_due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether a bare backbone is kept after `step` steps are done."""
-        return self.backbone_every_epochs is not None and step % (self.backbone_every_epochs * steps_per_epoch) == 0
+        every = self.backbone_every_epochs
+        return every is not None and step > 0 and step % (every * steps_per_epoch) == 0
+
+
+class Writer:
+    """Writes checkpoints on a thread of the main rank: a step waits only until the state is copied to host memory.
+
+    That memory is kept from save to save; it is pinned where the state is on an accelerator. The other ranks copy
+    nothing. As a context the writer is left when the write under way is over, whatever ends the run.
+
+    Args:
+        folder: of the checkpoints.
+        keep: newest checkpoints that stay.
+        max_failed: saves that may fail one after the other; with the last of them the run ends.
+    """
+
+    def __init__(self, folder: Path, keep: int, max_failed: int) -> None:
+        self.folder, self.keep, self.max_failed = folder, keep, max_failed
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failed = 0
+        self._host: dict[tuple[Any, ...], Tensor] = {}
+
+    def save(
+        self,
+        state: dict[str, Any],
+        extra: Any = None,
+        first: Callable[[Any], object] | None = None,
+        final: bool = False,
+    ) -> None:
+        """Write `state` as the checkpoint of its step as it is now. All ranks must call it.
+
+        Before the checkpoint, `first` is called on the writing thread with a copy of `extra`, nested values like
+        `state`. A save that fails is told and left to the next one. A `final` one, after which no other comes, is waited
+        for and tried twice. Raises StorageFailure where it fails both times, or is the last that may fail.
+        """
+        distributed.together(lambda: self._save(state, extra, first, final) if distributed.rank() == 0 else None)
+
+    def wait(self) -> None:
+        """Until no write is under way: what was saved can be read then. All ranks must call it."""
+        distributed.together(self._join)
+
+    def _save(self, state: dict[str, Any], extra: Any, first: Callable[[Any], object] | None, final: bool) -> None:
+        self._join()
+        state, extra = self._copies((state, extra))
+
+        def work() -> None:
+            if first is not None:
+                first(extra)
+            write(self.folder, state, self.keep)
+
+        last_chance = self._failed + 1 == self.max_failed
+        self._start(work, waited_for=final or last_chance)
+        if final or last_chance:
+            self._join()
+        if final and self._error:
+            log.warning("%s; trying once more", self._error)
+            self._start(work, waited_for=True)
+            self._join()
+        if self._error and (final or last_chance):
+            raise StorageFailure(f"{self._error}, and give the same command again")
+
+    def _start(self, work: Callable[[], None], waited_for: bool) -> None:
+        def run() -> None:
+            try:
+                work()
+                self._failed, self._error = 0, None
+            except Exception as error:
+                self._failed, self._error = self._failed + 1, error
+                if not waited_for:
+                    log.warning(
+                        "%s; training goes on and the next save tries again (save %d of %d in a row that failed, "
+                        "checkpoint.max_failed_saves)", error, self._failed, self.max_failed,
+                    )  # fmt: skip
+
+        # Not a daemon: the interpreter does not end before the file is whole.
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def _join(self) -> None:
+        """Raises what the thread raised, but for a failure of the disk, which is counted."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._error is not None and not isinstance(self._error, StorageFailure):
+                raise self._error
+
+    def _copies(self, values: Any) -> Any:
+        """`values` with every tensor copied to this writer's host memory; one storage is copied once."""
+        seen: dict[tuple[Any, ...], Tensor] = {}
+
+        def copied(value: Any, place: tuple[Any, ...]) -> Any:
+            if isinstance(value, Tensor):
+                same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+                if same not in seen:
+                    seen[same] = self._copy(value, place)
+                return seen[same]
+            if isinstance(value, dict):
+                fresh = copy.copy(value)  # a state dict's _metadata goes along
+                fresh.update({key: copied(one, (*place, key)) for key, one in value.items()})
+                return fresh
+            if isinstance(value, (list, tuple)):
+                return type(value)(copied(one, (*place, number)) for number, one in enumerate(value))
+            return value
+
+        result = copied(values, ())
+        if any(device.type != "cpu" for device, *_ in seen):
+            torch.accelerator.synchronize()
+        return result
+
+    def _copy(self, value: Tensor, place: tuple[Any, ...]) -> Tensor:
+        host = self._host.get(place)
+        on_device = value.device.type != "cpu"
+        if host is None or host.shape != value.shape or host.dtype != value.dtype or host.is_pinned() != on_device:
+            host = self._host[place] = torch.empty_like(value, device="cpu", pin_memory=on_device)
+        return host.copy_(value.detach(), non_blocking=on_device)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self._join()
+        elif self._thread is not None:
+            self._thread.join()
 
 
 def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of its step and remove all but the newest `keep`. Raises StorageFailure."""
+    """Write `state` as the checkpoint of its step and remove all but the newest `keep`. Raises StorageFailure.
+
+    While steps are being skipped none is removed: a good one may be needed.
+    """
     target = checkpoint_file(folder, state["step"])
     partial = folder / f".{target.name}.partial"
     try:
@@ -72,19 +212,32 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
         os.replace(partial, target)
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise StorageFailure(
-            f"cannot write checkpoint {target}: {error}; free room and give the same command again"
-        ) from None
-    for old in saved_steps(folder)[:-keep]:
-        checkpoint_file(folder, old).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise StorageFailure.of(f"checkpoint {target}", error) from None
+    try:
+        # Steps are being skipped: what is older may be the last good one.
+        for old in [] if state.get("monitor", {}).get("in_a_row") else saved_steps(folder)[:-keep]:
+            checkpoint_file(folder, old).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("checkpoints before the newest %d stay: %s", keep, error)
     return target
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints of steps after `step`."""
+    for newer in saved_steps(folder):
+        if newer > step:
+            checkpoint_file(folder, newer).unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system on which folders are not flushed
+            raise
     finally:
         os.close(descriptor)
 
@@ -93,7 +246,13 @@ def read(file: Path) -> dict[str, Any]:
     """The state in one file, tensors on the host. Raises ValueError, with the reason, for a damaged or foreign file."""
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
+            if sum(part.file_size for part in archive.infolist()) > file.stat().st_size:
+                raise ValueError("it is compressed, and not by this tool")
+            damaged = archive.testzip() or next(
+                # torch takes a part marked as a folder for an empty one, and leaves its tensor uninitialised.
+                (part.filename for part in archive.infolist() if part.external_attr),
+                None,
+            )
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -103,29 +262,68 @@ def read(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         raise ValueError("it is not a checkpoint of this tool")
+    if file != checkpoint_file(file.parent, state["step"]):
+        raise ValueError(f"it is the checkpoint of step {state['step']}")
     return state
 
 
-def read_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest good state, None where there is no checkpoint at all.
+def is_good(state: dict[str, Any]) -> bool:
+    """Whether a run whose loss is no longer finite may go back to this state.
+
+    Not if steps were being skipped when it was written, nor if the run went back to it before and came no further.
+    """
+    loader = state["loader"]
+    keys = loader.get("rekeyed", [])
+    again = bool(keys) and list(keys[-1][:2]) == [loader["epoch"], loader["consumed"]]
+    return not again and not state["monitor"].get("in_a_row", 0)
+
+
+def read_newest(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any] | None:
+    """The newest `wanted` state, or the newest of all where none is; None where there is no checkpoint at all.
 
     A damaged one is named and the next older one taken. Raises BadInput where every one is damaged.
     """
-    reasons = []
+    reasons, unwanted = [], []
     for step in reversed(saved_steps(folder)):
         file = checkpoint_file(folder, step)
         try:
-            return read(file)
+            state = read(file)
+            if wanted(state):
+                return state
+            unwanted.append(file)
         except ValueError as error:
             log.warning("checkpoint %s is not used: %s", file, error)
             reasons.append(f"{file.name}: {error}")
+    if unwanted:
+        return read(unwanted[0])
     if reasons:
         raise BadInput(
             f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0"
         )
     return None
+
+
+def read_together(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any] | None:
+    """`read_newest`, and the same file on all ranks, which must call it: a node may list a shared folder late.
+
+    Raises BadInput also where another rank cannot read what the main one read.
+    """
+    main = distributed.rank() == 0
+    state = distributed.together(lambda: read_newest(folder, wanted) if main else None)
+    step = distributed.gather_json(state["step"] if state else None)[0]
+
+    def read_too() -> dict[str, Any] | None:
+        file = checkpoint_file(folder, step)
+        try:
+            return state if main else read(file)
+        except ValueError as error:
+            raise BadInput(
+                f"{file} can be read by rank 0 and not here: {error}; is the folder on a shared disk?"
+            ) from None
+
+    return None if step is None else distributed.together(read_too)
 
 
 def state_bytes(values: Any) -> int:

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ssl_pipeline import __version__, preemption
-from ssl_pipeline.exits import BadInput, Status, Stop
+from ssl_pipeline.exits import BadInput, Status, Stop, printable
 
 if TYPE_CHECKING:
     from ssl_pipeline.run_folder import RunFolder
@@ -122,7 +122,7 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     verb = args.verb.replace("-", "_")
     end = _end(args)
     trained_on = run.read_config().get("data", {}).get("name") if run is not None else source.name
-    end += f"@{source.name}" if args.data is not None or source.name != trained_on else ""
+    end += f"@{source.name}".replace("/", "_") if args.data is not None or source.name != trained_on else ""
     if args.verb == "knn":
         if own:
             raise BadInput(f"knn has no recipe.{own[0]}: it takes --k and --temperature")
@@ -176,10 +176,12 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
 
 
 def _into(args: argparse.Namespace, run: RunFolder | None) -> RunFolder | None:
-    """Whose results/ an evaluation writes to. Raises BadInput where --output is another source's."""
+    """Whose results/ an evaluation writes to. Raises BadInput where it is another user's or --output another source's."""
     from ssl_pipeline.run_folder import RunFolder
 
     into = RunFolder(args.output) if args.output else run
+    if into is not None:
+        into.require_own()
     if args.output is not None and into is not None and into.config.is_file():
         owner = into.read_config().get("method", {}).get("name")
         if owner != str(args.source) and (run is None or into.path.resolve() != run.path.resolve()):
@@ -499,7 +501,7 @@ def launch(args: argparse.Namespace) -> int:
         jobs = [launch.Job(args.words)]
     if args.dry_run:
         for job in jobs:
-            print(f"# ssl-pipeline {shlex.join(job.words)}")
+            print(f"# ssl-pipeline {printable(shlex.join(job.words))}")
         print(launch.script(resources.sized(inner.verb), inner.verb, folder))
         return Status.DONE
     recorded = {"source": str(source)} if inner.verb != "pretrain" else {}
@@ -523,6 +525,8 @@ def _variants(array: str | None) -> list[str]:
     key, equals, values = array.partition("=")
     if not equals or not all(values.split(",")):
         raise BadInput(f"--array {array!r} is not of the form key.sub=v1,v2")
+    if ".." in Path(values.replace(",", "/")).parts:
+        raise BadInput(f"--array {array!r} holds `..`, and its values name folders below RUN: give another")
     if len(set(values.split(","))) < len(values.split(",")):
         raise BadInput(f"--array {array!r} gives a value twice: two jobs would write to one folder")
     return [f"{key}={value}" for value in values.split(",")]
@@ -587,6 +591,8 @@ def pack_shards(args: argparse.Namespace) -> int:
     done = pack(args.folder, args.out, shard_size=size, encoding=encoding, processes=_positive(args.processes))
     for split, packed in done.items():
         kept = f", {len(packed.kept):,} of them kept as they were" if packed.kept else ""
+        if packed.empty:
+            kept += f", {len(packed.empty):,} empty, which a run replaces, as {packed.empty[0]!r}"
         shards = f"{packed.shards:,} shard{'s' if packed.shards > 1 else ''}, {packed.size / 1e9:,.2f} GB"
         print(f"{args.out / split}: {packed.pictures:,} pictures{kept}, {shards}")
     return Status.DONE
@@ -600,9 +606,9 @@ def check_data(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     for name, reason in report.bad:
-        print(f"{name}: {reason}")
+        print(f"{printable(name)}: {printable(reason)}")
     for kind, count in sorted(report.noteworthy.items()):
-        print(f"noteworthy: {count:,} {kind}, as {report.examples[kind]}")
+        print(f"noteworthy: {count:,} {kind}, as {printable(report.examples[kind])}")
     print(f"{args.root}: {report.checked:,} pictures read, {len(report.bad):,} bad")
     return Status.BAD_INPUT if report.bad else Status.DONE
 
@@ -833,6 +839,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Lines(logging.Formatter):
+    """A line a message, whatever the names in it hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     """Run a verb; returns the exit status. `signals`: answer SIGTERM, SIGUSR1 and SIGUSR2, ending with status 75."""
     args = _parse(arguments)
@@ -843,8 +856,10 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     log = logging.getLogger("ssl_pipeline")
     if not log.handlers:  # our own logger's, not the root's: other libraries' messages stay theirs
         log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter("ssl-pipeline: %(message)s"))
+        log.handlers[0].setFormatter(_Lines("ssl-pipeline: %(message)s"))
     log.setLevel(logging.INFO)
+    mask = os.umask(0o022)
+    os.umask(mask | 0o022)  # what a run writes is its owner's: jobs run what lies in logs/
     try:
         status = int(args.action(args))
         if "torch.distributed" in sys.modules and status != Status.STOPPED:  # a stopped job's seconds are counted
@@ -854,7 +869,7 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
         return status
     except Stop as stop:
         if str(stop):  # empty on the ranks that stop because another one did
-            print(f"ssl-pipeline: {stop}", file=sys.stderr)
+            print("ssl-pipeline: " + "\n".join(map(printable, str(stop).split("\n"))), file=sys.stderr)
         return int(stop.status)
     except KeyboardInterrupt:
         print("ssl-pipeline: stopped by Ctrl-C; the same command starts again", file=sys.stderr)
@@ -862,19 +877,24 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
     except BrokenPipeError:
         return int(Status.DONE)
     finally:
+        os.umask(mask)
         if signals and args.verb not in RESUMED:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def entry(arguments: Sequence[str] | None = None) -> None:
-    """The program itself: `main`, and its status as the process's.
+    """The program itself: `main`, and its status as the process's."""
+    leave(main(arguments))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with a status.
 
     A stopped job ends at once: all is saved, and a library that fails while the interpreter is taken apart must not
-    take the status that brings the job back into the queue.
+    take the status that brings the job back into the queue. One that lost a rank too: a library might wait for that.
     """
-    status = main(arguments)
-    if status == Status.STOPPED:
+    if status in (Status.STOPPED, Status.RANK_LOST):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,13 +11,14 @@ import os
 import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ssl_pipeline.exits import BadInput, Status
+from ssl_pipeline.exits import BadInput, Status, printable
 from ssl_pipeline.run_folder import RunFolder, checkpoint_file, duration, read_lines, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
@@ -51,6 +52,8 @@ def node_name() -> str:
 
 def job_state(job: str) -> str:
     """Slurm's state of a job, as RUNNING or `PENDING (Dependency)`; `unknown` where nobody remembers it."""
+    if not re.fullmatch(r"\d+(_\d+)?", str(job)):  # of a file that anyone may have written, and no word for a command
+        return "unknown"
     seen = ask("squeue", "-h", "-j", job, "-o", "%T %r")
     if seen:
         state, _, reason = seen.splitlines()[0].partition(" ")
@@ -148,6 +151,7 @@ def status(run: RunFolder) -> str:
     lines += [
         f"excluded: {', '.join(event['nodes'])} ({event['reason']})" for event in events if event["event"] == "excluded"
     ]
+    lines += [f"lost: {event['reason']}" for event in events if event["event"] == "rank_lost"]
     for event in events:
         if event["event"] == "submitted":
             state = job_state(event["job"]) if event["cluster"] == "slurm" else event["cluster"]
@@ -155,7 +159,7 @@ def status(run: RunFolder) -> str:
     for name, values in run.read_results().items():
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         lines.append(f"result {name}: {', '.join(f'{key} {_number(key, value)}' for key, value in numbers.items())}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _number(key: str, value: float) -> str:
@@ -182,6 +186,11 @@ def _state(
     local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]
     if local and (last is None or local[-1]["time"] > last["time"]):
         return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}"
+    ends = [event for event in events if event["event"] in ("start", "end")]
+    if ends and ends[-1].get("status") == Status.NON_FINITE:
+        return (
+            f"ended with status {ends[-1]['status']} at step {ends[-1]['step']}; its log says why, and {run.nonfinite}"
+        )
     return f"stopped at step {saved[-1]}; the same command goes on" if saved else "not running"
 
 
@@ -253,15 +262,11 @@ def signal_lead(checkpoint_bytes: int, bytes_per_second: float) -> int:
 
 def write_speed(folder: Path) -> float:
     """Bytes/s of one flushed file of 64 MB in `folder`, as a checkpoint is written."""
-    path = folder / f".write_speed.{os.getpid()}"
     data = os.urandom(2**20)
-    start = time.monotonic()
-    try:
-        with path.open("wb") as file:
-            for _ in range(64):
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.monotonic()
+        for _ in range(64):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
         return 64 * 2**20 / (time.monotonic() - start)
-    finally:
-        path.unlink(missing_ok=True)

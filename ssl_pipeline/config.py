@@ -56,12 +56,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+LARGEST = 100_000
+"""Values of a YAML text, with what its aliases stand for, above which it is no config."""
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain data of a YAML text. Raises BadInput, naming `origin` and the line, where the text is not valid."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise BadInput(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+        found = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except Exception as error:  # PyYAML raises many types where a value does not fit its tag, or brackets go too deep
+        raise BadInput(f"{origin} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+    count, waiting = 1, [found]
+    while waiting:  # a few lines of aliases of aliases stand for more than any memory holds
+        value = waiting.pop()
+        below = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        count += len(below)
+        if count > LARGEST:
+            raise BadInput(f"{origin} holds more than {LARGEST:,} values, or itself, by its aliases: leave these out")
+        waiting += below
+    return found
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
@@ -195,7 +208,7 @@ def _load_into(tree: Tree, path: Path, chain: tuple[Path, ...]) -> None:
     if not isinstance(values, dict):
         raise BadInput(f"{path} holds a {type(values).__name__}; a config is a mapping of keys to values")
     parents = values.pop("inherit", [])
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and "\0" not in parent for parent in parents):
         raise BadInput(f"`inherit` in {path} must be a list of paths, as in [../_base.yaml]")
     for parent in parents:
         parent_path = (path.parent / parent).resolve()

@@ -59,8 +59,8 @@ class World:
 def start(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Join the job that the environment describes (torchrun, Slurm, or alone) and return this process's place in it.
 
-    A second call in one process returns the group that is there. Raises BadInput where a node has fewer accelerators
-    than ranks.
+    A second call in one process returns the group that is there. `timeout` is that of every collective. Raises BadInput
+    where a node has fewer accelerators than ranks, RankLost where ranks do not find each other.
     """
     rank, size, local_rank, local_size = _place()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -87,7 +87,10 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> World:
             where["store"] = dist.HashStore()  # without a launcher there is no address to meet at, and no need of one
         elif "MASTER_PORT" not in os.environ:
             where["store"] = _meet(rank, size, _first_host(os.environ["SLURM_STEP_NODELIST"]), _slurm_ports(), timeout)
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **where)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **where)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise RankLost(f"rank {rank} of {size} does not find the others: {str(error).splitlines()[0]}") from error
     return World(rank, size, local_rank, local_size, device)
 
 
@@ -191,6 +194,13 @@ def _find(host: str, port: int, size: int, patience: float = 10.0) -> dist.Store
         return found.get(timeout=patience)
     except queue.Empty:
         return None
+
+
+def store() -> dist.Store:
+    """The job's store, by a connection of its own: torch's is held as long as the main thread waits for a key."""
+    shared = dist.distributed_c10d._get_default_store()
+    own = shared.clone() if hasattr(shared, "clone") else shared  # the oldest torch that we take has no clone
+    return dist.PrefixStore("ssl_pipeline", own)
 
 
 def rank() -> int:
@@ -389,6 +399,13 @@ def wrap(module: nn.Module, device: torch.device, synchronise: bool = True) -> n
     if device.type == "cpu":
         wrapped.register_comm_hook(None, _mean_in_rank_order)
     return wrapped
+
+
+def averaging(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+    """A context for a pass through a wrapped model, whose gradients are averaged over the ranks, or if not `now` add up on
+    each rank until a later one's are."""
+    wait = not now and isinstance(model, DistributedDataParallel)
+    return model.no_sync() if wait else contextlib.nullcontext()  # type: ignore[operator]
 
 
 def _mean_in_rank_order(_, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations that are strings

@@ -1,5 +1,6 @@
 """How a job ends: one enum of exit statuses, used by the loop, the scripts under slurm/ and the docs."""
 
+import re
 from enum import IntEnum
 
 
@@ -16,9 +17,9 @@ class Status(IntEnum):
     NON_FINITE = 76
     """Loss or gradients stayed NaN or infinite."""
     STORAGE = 77
-    """A checkpoint could not be written, or no room for one is left."""
+    """A checkpoint could not be written, or no room for one is left; or pictures could not be read for minutes."""
     RANK_LOST = 78
-    """Ranks do not find each other, or preflight found nodes that cannot be worked with."""
+    """A rank died or hangs, ranks do not find each other, or preflight found nodes that cannot be worked with."""
 
 
 class Stop(Exception):
@@ -34,9 +35,16 @@ class BadInput(Stop):
 
 
 class StorageFailure(Stop):
-    """The run folder's disk refuses a checkpoint or has no room for one."""
+    """The run folder's disk refuses a checkpoint or has no room for one, or the pictures' storage does not answer."""
 
     status = Status.STORAGE
+
+    @classmethod
+    def of(cls, what: str, error: Exception) -> "StorageFailure":
+        """The sentence for `error`, raised as `what` was written. torch hides the system's error behind one of its own."""
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).partition("\n")[0]
+        return cls(f"cannot write {what}: {reason}; free room there or make it writable")
 
 
 class RankLost(Stop):
@@ -45,7 +53,22 @@ class RankLost(Stop):
     status = Status.RANK_LOST
 
 
+class NonFinite(Stop):
+    """Loss or gradients stayed NaN or infinite, or an alarm ended the run."""
+
+    status = Status.NON_FINITE
+
+
 class Requeued(Stop):
     """The job gave itself back to the scheduler, which starts it again."""
 
     status = Status.STOPPED
+
+
+def printable(text: str) -> str:
+    """A line for a terminal or a log: what would end it, colour it or turn it round is shown as an escape.
+
+    Names of files, and what lies in files of others, may hold anything.
+    """
+    controls = "[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]"
+    return re.sub(controls, lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -6,7 +6,6 @@ then put there. Detectron2's files are pickles: they are read by an unpickler th
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import copy
 import io
@@ -255,6 +254,13 @@ def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> _Numbers:
     return _Numbers(shape, dtype, buffer, order)
 
 
+def _encode(text: str, encoding: str) -> bytes:
+    """What _codecs.encode stands for: the bytes of an array in an old pickle, and none of Python's other codecs."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"its bytes are written as {encoding}")
+    return text.encode("latin1")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Makes arrays of numbers and plain containers, and nothing else."""
 
@@ -264,7 +270,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy.multiarray", "_reconstruct"): _reconstruct,
         ("numpy.numeric", "_frombuffer"): _from_buffer,
         ("collections", "OrderedDict"): dict,
-        ("_codecs", "encode"): codecs.encode,
+        ("_codecs", "encode"): _encode,
         ("builtins", "bytearray"): bytearray,
     }
 
@@ -382,6 +388,7 @@ def _put(path: Path, write: Callable[[Path], Any], check: Callable[[Path], Any])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.unlink(missing_ok=True)  # a link that another one put there would be written through
             write(partial)
         except RuntimeError as error:  # torch's for a full disk
             raise OSError(str(error)) from None

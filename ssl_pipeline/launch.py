@@ -28,8 +28,8 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.slurm import _make_sbatch_string
 
 from ssl_pipeline import cluster, config, preemption
-from ssl_pipeline.exits import BadInput, Status
-from ssl_pipeline.run_folder import RunFolder, duration, read_lines
+from ssl_pipeline.exits import BadInput, Status, printable
+from ssl_pipeline.run_folder import RunFolder, duration, read_lines, require_owner
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -94,6 +94,13 @@ class Resources(config.Options):
     def _readable(cls, text: str | None) -> str | None:
         if text is not None:
             minutes(text)
+        return text
+
+    @field_validator("mem", "partition", "account", "qos", "exclude", "constraint", "dependency")
+    @classmethod
+    def _one_line(cls, text: str | None) -> str | None:
+        if text is not None and printable(text) != text:
+            raise ValueError("in a job's script a line ends there, and the next one would be run: leave it out")
         return text
 
     @model_validator(mode="after")
@@ -171,6 +178,8 @@ class Job:
             run.record("failed", verb=self.words[0], job=here.job_id, status=status)
         if status == Status.STOPPED and here.cluster == "local" and signal.SIGUSR2 in preemption.noted():
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)  # submitit's word to start it again
+        if status == Status.RANK_LOST:
+            cli.leave(status)
         sys.exit(status)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -298,11 +307,12 @@ def parameters(resources: Resources, name: str) -> dict[str, Any]:
             f"case $status in 138|140|143) {shlex.quote(sys.executable)} -m ssl_pipeline requeue ;; esac",
             "exit $status",
         ],
-        # One rank's status ends no other rank; those that hang after one died are ended after four minutes.
+        # One rank's status ends no other rank. Those that hang after one died end by distributed.timeout, whose default is
+        # ten minutes, and say why; srun ends what is left.
         # Since 22.05 srun does not take --cpus-per-task from the job.
         "srun_args": [
             "--kill-on-bad-exit=0",
-            "--wait=240",
+            "--wait=720",
             *([f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []),
         ],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes"},
@@ -312,9 +322,17 @@ def parameters(resources: Resources, name: str) -> dict[str, Any]:
 
 
 def script(resources: Resources, name: str, folder: Path) -> str:
-    """The sbatch script by which submitit starts the job."""
+    """The sbatch script by which submitit starts the job. Raises BadInput where the folder's name ends a line of it."""
+    _require_one_line(folder)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
     return _make_sbatch_string(command=command, folder=folder, **parameters(resources, name))
+
+
+def _require_one_line(folder: Path) -> None:
+    if printable(str(folder.absolute())) != str(folder.absolute()):
+        raise BadInput(
+            f"{str(folder)!r} holds a line's end or another control character, and stands in a job's script: name another"
+        )
 
 
 def submit(
@@ -326,6 +344,8 @@ def submit(
     """
     if resources.cluster == "debug":
         return _in_this_process(jobs)
+    _require_one_line(folder)
+    require_owner(folder)  # the jobs' pickles lie there, and are run
     if resources.cluster == "local":
         executor: Any = submitit.LocalExecutor(folder, max_num_timeout=_UNLIMITED)
         executor.update_parameters(
@@ -410,10 +430,11 @@ def experiment(
         parts.append(("report", needs("report", "afterany:EVALUATIONS")))
         found = [f"# ---- {name}\n{script(asked, name, folder)}" for name, asked in parts]
         found += [
-            f"# ---- beside the training, for each backbone kept\n# ssl-pipeline {shlex.join(words)}"
+            f"# ---- beside the training, for each backbone kept\n# ssl-pipeline {printable(shlex.join(words))}"
             for words in beside
         ]
-        return "\n".join([f"# ssl-pipeline {shlex.join(train.words)}", *(f"# {line}" for line in lines), *found])
+        told = [f"ssl-pipeline {shlex.join(train.words)}", *lines]
+        return "\n".join([*(f"# {printable(line)}" for line in told), *found])
     if resources.cluster != "slurm":
         return "\n".join([*lines, _one_after_the_other(train, run, resources, evaluations, needs)])
     submitted = submit([train], resources, "pretrain", folder, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +30,11 @@ T = TypeVar("T")
 SLOW, PATIENCE, SILENCE = 0.05, 60.0, 600.0
 """Share of time waiting for data, seconds for which it lasts before a word is said, and seconds until it is said again."""
 
-TIME_KEYS = ("images_per_second", "data_wait", "seconds_left")
+TIME_KEYS = ("images_per_second", "data_wait", "seconds_left", "checkpoint_stall")
 """Keys of metrics.jsonl that depend on the clock; all others are functions of the config and the data."""
+
+OF_EACH_STEP = ("loss", "gradient_norm")
+"""Scalars that are kept of each step until the next logged one."""
 
 
 class Options(config.Options):
@@ -38,6 +43,16 @@ class Options(config.Options):
     every_steps: int = Field(50, gt=0)
     """Steps between logged steps; each is one wait for the device."""
     tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was skipped."""
+
+    step: int
+    """Counted from 1, as in metrics.jsonl."""
+    values: dict[str, float]
+    """Its OF_EACH_STEP, means over ranks."""
 
 
 class Monitor:
@@ -66,23 +81,46 @@ class Monitor:
         remedy: Callable[[], str] | None = None,
     ) -> None:
         self.options, self.world, self.batch_size, self.steps = options, world, batch_size, steps
+        self.skipped: list[Skipped] = []
+        """Of the last logged interval."""
+        self.in_a_row = 0
+        """Skipped steps up to the last logged one, without one between them that was not."""
+        self._in_a_row = torch.zeros((), device=world.device)
+        self._each: list[Tensor] = []
+        """Of each step since the last logged one: whether it was skipped, and OF_EACH_STEP."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._writer: Any = None
         self._clock: float | None = None
-        self._waited = 0.0
+        self._waited = self._held = 0.0
+        self._unwritten = b""
+        """Of metrics.jsonl, what a full disk refused."""
         self._since = start_step
         self._remedy = remedy
         self._slow = (0.0, 0.0)
         """Seconds without a logged interval that waited less than SLOW of its time, and of these seconds those waited."""
-        self._told = -math.inf
-        if world.is_main:
-            _drop_after(metrics, start_step)
-            self._metrics = metrics.open("a", encoding="utf-8")
-            if options.tensorboard:
+        self._quiet = math.inf
+        """Seconds of training since a word was said."""
+        self._files = metrics, tensorboard
+        self._open(start_step)
+
+    def _open(self, step: int) -> None:
+        if self.world.is_main:
+            metrics, tensorboard = self._files
+            _drop_after(metrics, step)
+            self._unwritten = b""
+            self._metrics = metrics.open("ab", buffering=0)
+            if self.options.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
+                self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def rewind(self, step: int, state: dict[str, Any]) -> None:
+        """Drop what was logged after `step`, and go on from there with its `state`, no step having been skipped."""
+        self.close()
+        self._open(step)
+        self.load_state_dict({**state, "in_a_row": 0})
+        self.tick(step)
 
     # ------------------------------------------------------------------------------------------------------- every step
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -96,6 +134,13 @@ class Monitor:
                 return
             yield batch
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The time within is counted as the checkpoint's."""
+        start = time.monotonic()
+        yield
+        self._held += time.monotonic() - start
+
     def add(self, logs: dict[str, Tensor], finite: Tensor) -> None:
         """Add one step's scalars; a step that was skipped, `finite` being false, is counted and left out."""
         values = torch.stack([value.detach().float() for value in logs.values()])
@@ -106,85 +151,139 @@ class Monitor:
             self._sums = row
         else:
             self._sums = self._sums + row
+        self._in_a_row = torch.where(finite, 0.0, self._in_a_row + 1)
+        each = [logs[name].detach().float() for name in OF_EACH_STEP if name in logs]
+        self._each.append(torch.stack([(~finite).float(), *each]))
 
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last logged step, a row a rank. All ranks must call it."""
-        return {"names": self._names, "sums": None if self._sums is None else distributed.gather_values(self._sums)}
+        sums, each = (
+            None if x is None else distributed.gather_values(x)
+            for x in (self._sums, torch.stack(self._each) if self._each else None)
+        )
+        return {"names": self._names, "sums": sums, "each": each, "in_a_row": int(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on summing where `state` was taken."""
+        sums, each = (
+            None if rows is None else (rows[self.world.rank] if len(rows) == self.world.size else rows.mean(dim=0))
+            for rows in (state["sums"], state.get("each"))  # an older version kept sums alone
+        )
         self._names = list(state["names"])
-        if state["sums"] is not None:
-            rows = state["sums"].to(self.world.device)
-            self._sums = rows[self.world.rank] if len(rows) == self.world.size else rows.mean(dim=0)
+        self._sums = None if sums is None else sums.to(self.world.device)
+        self._each = [] if each is None else list(each.to(self.world.device))
+        self._in_a_row = torch.full_like(self._in_a_row, state.get("in_a_row", 0))
 
     # --------------------------------------------------------------------------------------------------- every interval
-    def log(self, step: int, epoch: int, rates: dict[str, float], bad: int) -> None:
-        """Read the sums of all ranks and write them as the values of `step` (steps done). All ranks must call it.
+    def log(self, step: int, epoch: int, rates: dict[str, float], bad: int) -> dict[str, float | None]:
+        """Read the sums of all ranks and write them as the values of `step` (steps done), which are returned.
 
-        `bad` is the number of unreadable pictures that the ranks together met.
+        `bad` is the number of unreadable pictures that the ranks together met. All ranks must call it.
         """
         assert self._sums is not None
-        *means, finite, skipped = distributed.mean_over_ranks(self._sums).tolist()
-        self._sums = None
+        here = torch.cat([self._sums, self._in_a_row[None], *self._each])
+        read = distributed.mean_over_ranks(here).tolist()
+        *means, finite, skipped, in_a_row = read[: len(self._sums) + 1]
+        self._read_each(np.reshape(read[len(self._sums) + 1 :], (len(self._each), -1)), step)
+        self.in_a_row = round(in_a_row)
+        self._sums, self._each = None, []
         now = time.monotonic()
         seconds = now - self._clock if self._clock is not None else math.nan
         done = step - self._since
         rate = done * self.batch_size / seconds if seconds > 0 else math.nan
         left = (self.steps - step) * self.batch_size / rate if rate > 0 else math.nan
         values: dict[str, float | None] = {"step": step, "epoch": epoch}
-        values |= {name: mean / finite if finite else None for name, mean in zip(self._names, means, strict=True)}
+        good = [mean / finite if finite and math.isfinite(mean) else None for mean in means]
+        values |= dict(zip(self._names, good, strict=True))
         values |= {f"lr_{name}": value for name, value in rates.items()}
         values |= {"skipped": round(skipped), "bad_pictures": bad}
-        times = (rate, self._waited / seconds if seconds > 0 else math.nan, left)
+        # One rank that waits keeps all: the others meet it in a collective, where nobody counts.
+        each = distributed.gather_values(torch.tensor([self._waited, seconds], dtype=torch.float64))
+        slowest = int(each[:, 0].argmax())
+        waited, of = each[slowest].tolist()
+        times = (rate, waited / of if of > 0 else math.nan, left, self._held)
+        self._held = 0.0
         values |= {k: v if math.isfinite(v) else None for k, v in zip(TIME_KEYS, times, strict=True)}
         if self.world.is_main:
-            self._metrics.write(json.dumps(values) + "\n")
-            self._metrics.flush()
-            for name, value in values.items():
-                if self._writer is not None and value is not None and name != "step":
-                    self._writer.add_scalar(name, value, step)
-            print(self._line(values), file=sys.stderr, flush=True)
-            if seconds > 0:
-                self._tell_of_waiting(seconds, now)
+            self._write(values, [name for name in values if name != "step"])
+            with contextlib.suppress(OSError):  # the terminal may be a file on a full disk
+                print(self._line(values, slowest), file=sys.stderr, flush=True)
+        if of > 0:
+            self._tell_of_waiting(waited, of, slowest)
         self.tick(step)
+        return values
 
-    def _tell_of_waiting(self, seconds: float, now: float) -> None:
-        """Say once in SILENCE seconds what to try, where training has waited for data for PATIENCE seconds."""
-        if self._remedy is None or self._waited <= SLOW * seconds:
+    def _read_each(self, rows: np.ndarray, step: int) -> None:
+        """Note the skipped steps among the rows of all steps up to `step`."""
+        first = step - len(rows) + 1
+        self.skipped = [
+            Skipped(first + place, dict(zip(OF_EACH_STEP, numbers, strict=False)))
+            for place, (skipped, *numbers) in enumerate(rows.tolist())
+            if skipped
+        ]
+
+    def _tell_of_waiting(self, waited: float, seconds: float, rank: int) -> None:
+        """Say once in SILENCE seconds what to try, where training has waited for data for PATIENCE seconds.
+
+        `rank` waited longest in the last interval, of so many seconds. All ranks must call it, with the same numbers.
+        """
+        self._quiet += seconds
+        if self._remedy is None or waited <= SLOW * seconds:
             self._slow = (0.0, 0.0)
             return
-        self._slow = (self._slow[0] + seconds, self._slow[1] + self._waited)
+        self._slow = (self._slow[0] + seconds, self._slow[1] + waited)
         passed, waited = self._slow
-        if passed >= PATIENCE and now - self._told >= SILENCE:
-            self._told = now
+        if passed >= PATIENCE and self._quiet >= SILENCE:
+            self._quiet = 0.0
+            remedy = distributed.gather_json(self._remedy() if self.world.rank == rank else None)[rank]
+            where = f" on rank {rank}" if self.world.size > 1 else ""
             share = f"{100 * waited / passed:.0f} % of the last {duration(passed)}"
-            log.warning("training waited for data %s; %s", share, self._remedy())
+            if self.world.is_main:
+                log.warning("training waited for data %s%s; %s", share, where, remedy)
 
     def note(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Write values of `step` that are no sums over steps, as a row of their own."""
         if self.world.is_main:
-            self._metrics.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
-            self._metrics.flush()
-            if self._writer is not None:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
+            self._write({"step": step, "epoch": epoch, **values}, list(values))
+
+    def _write(self, row: dict[str, float | None], shown: list[str]) -> None:
+        """A row of metrics.jsonl, and those of its values that TensorBoard shows. No run ends for them.
+
+        What the disk refuses is written with a later row.
+        """
+        said = bool(self._unwritten)
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            if not said:
+                log.warning("cannot write to %s: %s; its rows wait until there is room", self._metrics.name, error)
+        if self._writer is not None:
+            try:
+                for name in shown:
+                    if row[name] is not None:
+                        self._writer.add_scalar(name, row[name], row["step"])
+            except OSError as error:
+                log.warning("cannot write TensorBoard's file: %s; its curves end here until the next start", error)
+                self._writer = None
 
     def tick(self, step: int) -> None:
         """Start the clock of the next interval: after `step` steps, and after anything that is no training."""
         self._clock, self._waited, self._since = time.monotonic(), 0.0, step
 
-    def _line(self, values: dict[str, Any]) -> str:
+    def _line(self, values: dict[str, Any], slowest: int) -> str:
         def shown(key: str, form: str, scale: float = 1.0) -> str:
             return "-" if values.get(key) is None else format(values[key] * scale, form)
 
         left = values["seconds_left"]
+        waits = self.world.size > 1 and (values["data_wait"] or 0.0) > SLOW
         parts = [
             f"step {values['step']}/{self.steps}",
             f"epoch {values['epoch']}",
             f"loss {shown('loss', '.4f')}",
             f"{shown('images_per_second', '.0f')} images/s",
-            f"waiting for data {shown('data_wait', '.0f', 100)} %",
+            f"waiting for data {shown('data_wait', '.0f', 100)} %{f' on rank {slowest}' if waits else ''}",
             f"left {duration(left) if left is not None else '-'}",
         ]
         parts += [f"skipped {values['skipped']}"] if values["skipped"] else []
@@ -197,7 +296,7 @@ class Monitor:
         columns = []
         for view, (mean, std) in zip(views, normalized, strict=True):
             pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
-            columns.append(np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+            columns.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
         cell = max(column.shape[1] for column in columns) + 4
         rows = len(columns[0])
         grid = np.full((rows * cell + 4, len(columns) * cell + 4, 3), 255, dtype=np.uint8)
@@ -216,7 +315,8 @@ class Monitor:
         if self.world.is_main:
             self._metrics.close()
             if self._writer is not None:
-                self._writer.close()
+                with contextlib.suppress(OSError):
+                    self._writer.close()
 
 
 def _drop_after(metrics: Path, step: int) -> None:

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_pipeline import config
+from ssl_pipeline.exits import BadInput
 
 
 class Options(config.Options):
@@ -56,6 +57,9 @@ class Options(config.Options):
     drop_epochs: list[int] = [50, 25]
     """Epochs before the end."""
     drop_factor: float = Field(0.2, gt=0)
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches into which each rank divides its part of a batch, for one that does not fit into memory. The gradient is
+    that of the whole batch; batch norm sees a micro-batch of all ranks at a time (docs/reliability.md)."""
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Options:
@@ -225,12 +229,51 @@ def build(groups: list[dict[str, Any]], options: Options, batch_size: int) -> to
     return optimizer
 
 
+def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a saved state back, each tensor in the layout of its parameter.
+
+    torch loads any state, and its fused kernels take sizes from the parameter: another one's would be read and written
+    beyond its end. Raises BadInput where the state does not fit.
+    """
+    try:
+        difference = misfit(optimizer, state)
+        if not difference:
+            optimizer.load_state_dict(state)
+            for p, values in optimizer.state.items():
+                for name, value in values.items():
+                    values[name] = torch.empty_like(value if name == "step" else p).copy_(value)
+    except Exception as error:  # many types, on what is no state of an optimizer
+        difference = f"it is no state of an optimizer ({error})"
+    if difference:
+        raise BadInput(f"the checkpoint does not fit the config's optimizer: {difference}; name another --output")
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     """Put factor * base rate into every scheduled group; returns the rate of each group by name."""
     for group in optimizer.param_groups:
         if group["scheduled"]:
             group["lr"] = group["base_lr"] * factor
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def misfit(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:
+    """What is wrong with a saved state dict of the optimizer, in a few words; empty if nothing is. torch loads any."""
+    groups, own = (
+        [(group.get("name"), len(group["params"])) for group in one["param_groups"]]
+        for one in (state, optimizer.state_dict())
+    )
+    if groups != own:
+        return f"its groups (name, tensors) are {groups}, not {own}"
+    adam = isinstance(optimizer, torch.optim.Adam)  # makes a tensor's state in the first step that it has a gradient
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        values = state["state"].get(number, {})
+        names = {"step", "exp_avg", "exp_avg_sq"} if adam else set(optimizer.state.get(p, ()))
+        if set(values) != names and not (adam and not values):
+            return f"tensor {number} has {sorted(values)}, not {sorted(names)}"
+        for name, value in values.items():
+            if getattr(value, "shape", None) != (() if name == "step" else p.shape):
+                return f"{name} of tensor {number} is {tuple(value.shape)}, not {tuple(p.shape)}"
+    return ""
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

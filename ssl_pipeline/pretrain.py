@@ -7,11 +7,13 @@ step waits for the device; the host reads numbers only at logged steps and check
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim
+from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim, recovery
+from ssl_pipeline.alarms import Alarms
+from ssl_pipeline.alarms import Options as AlarmOptions
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, pretraining_index
@@ -28,17 +32,20 @@ from ssl_pipeline.data.loader import Loader, require_dali, require_shuffle
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.evaluation.online import Online, validation_pictures
 from ssl_pipeline.evaluation.online import Options as OnlineOptions
-from ssl_pipeline.exits import BadInput, Status
+from ssl_pipeline.exits import BadInput, Status, Stop
 from ssl_pipeline.head import Options as HeadOptions
 from ssl_pipeline.head import ProjectionHead
-from ssl_pipeline.methods import Method, Progress
+from ssl_pipeline.methods import Method, Output, Progress
 from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.monitor import Options as MonitorOptions
 from ssl_pipeline.optim import Options as OptimOptions
 from ssl_pipeline.preemption import Preemption
 from ssl_pipeline.preflight import preflight
+from ssl_pipeline.recovery import Options as RecoveryOptions
 from ssl_pipeline.run_folder import RunFolder
 from ssl_pipeline.sparse_head import Options as SparseOptions
+from ssl_pipeline.watchdog import Options as WatchdogOptions
+from ssl_pipeline.watchdog import Watchdog
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -63,6 +70,9 @@ class PretrainConfig(config.Options):
     checkpoint: CheckpointOptions = CheckpointOptions()
     monitor: MonitorOptions = MonitorOptions()
     online: OnlineOptions = OnlineOptions()
+    distributed: WatchdogOptions = WatchdogOptions()
+    recovery: RecoveryOptions = RecoveryOptions()
+    alarms: AlarmOptions = AlarmOptions()
 
     @model_validator(mode="after")
     def _method_fits(self) -> PretrainConfig:
@@ -84,7 +94,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     Returns DONE, also where the run was finished before, or STOPPED after a signal. Raises Stop for all else, Requeued
     among them where preflight gave the job back.
     """
-    world = distributed.start()
+    world = distributed.start(timedelta(seconds=options.distributed.timeout))
     run = RunFolder(output)
     if not world.is_main:
         log.setLevel(logging.WARNING)  # one rank tells how the run goes
@@ -101,10 +111,10 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
 
     def open_run() -> None:
         if world.is_main:
-            run.open_for_writing(options.model_dump(mode="json"), _completed)
+            run.open_for_writing(options.model_dump(mode="json"), _completed, write=False)
             cluster.require_progress(run.events())
 
-    try:
+    with contextlib.closing(run), Watchdog(run, world, options.distributed.timeout) as watchdog:
         index, error = distributed.in_turn(read_pictures)  # one lists a folder, the others find its listing
         text = config.dump_yaml(options.model_dump(mode="json"))
         listing = index.digest() if index is not None else "missing"
@@ -112,9 +122,8 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
         preflight(world, run, digests, error)
         assert index is not None  # or preflight had raised
         distributed.together(open_run)
-        return _train(options, index, run, world)
-    finally:
-        run.close()
+        with checkpoint.Writer(run.checkpoints, options.checkpoint.keep, options.checkpoint.max_failed_saves) as writer:
+            return _train(options, index, run, world, writer, watchdog)
 
 
 def build_method(options: PretrainConfig) -> Method:
@@ -126,7 +135,7 @@ def build_method(options: PretrainConfig) -> Method:
 
 
 def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
-    """Raises BadInput where batch size, number of ranks, number of samples and warm-up do not go together."""
+    """Raises BadInput where batch size, ranks, micro-batches, number of samples and warm-up do not go together."""
     batch = options.data.batch_size
     if ranks > batch:
         raise BadInput(f"{ranks} ranks are more than data.batch_size = {batch}: start at most {batch} processes")
@@ -135,6 +144,10 @@ def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
             f"data.batch_size = {batch} cannot be divided by {ranks} ranks: "
             f"take {batch // ranks * ranks} or {(batch // ranks + 1) * ranks}"
         )
+    rows, parts = batch // ranks, options.optim.accumulate
+    if rows % parts:
+        fits = next((n for n in range(parts, rows) if rows % n == 0), rows)
+        raise BadInput(f"optim.accumulate = {parts} does not divide the {rows} pictures of each rank: take {fits}")
     if samples < batch:
         raise BadInput(
             f"{str(options.data.root / 'train')!r} has {samples} pictures, fewer than data.batch_size = {batch}: "
@@ -149,13 +162,23 @@ def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
         )
 
 
-def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distributed.World) -> Status:
+def _train(
+    options: PretrainConfig,
+    index: Index,
+    run: RunFolder,
+    world: distributed.World,
+    writer: checkpoint.Writer,
+    watchdog: Watchdog,
+) -> Status:
     device = world.device
     data = Loader.for_training(options.data, index, seed=options.seed, world=world)
     steps = len(data) * options.epochs
     end = min(steps, options.max_steps or steps)
-    state = distributed.together(lambda: checkpoint.read_newest(run.checkpoints))
+    state = checkpoint.read_together(run.checkpoints)
     step = state["step"] if state else 0
+    distributed.together(lambda: data.require_same_pictures(state.get("loader", {})) if state else None)
+    # Only now: nothing of a config that was refused shall stay.
+    distributed.together(lambda: run.describe(options.model_dump(mode="json")) if world.is_main else None)
     if world.is_main:
         run.record(
             "start",
@@ -165,6 +188,7 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             host=socket.gethostname(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             ranks=world.size,
+            accumulate=options.optim.accumulate,
             step=step,
             steps=end,
             epochs=options.epochs,
@@ -191,18 +215,26 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             "the job has GPUs and torch sees none: this runs on the CPU; is torch built for CUDA, and for this driver?"
         )
     log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
+    if options.optim.accumulate > 1:
+        log.info("accumulating %s", _accumulation(options, method, world.size))
     distributed.together(lambda: _require_room(method, options, run) if world.is_main else None)
 
     if state:
         distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
+        data.try_bad_again()
     watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step,
                     remedy=data.remedy)  # fmt: skip
+    adaptive = options.head.sparse.schedule == "adaptive"
+    alarms = Alarms(options.alarms, options.method.name, adaptive)  # type: ignore[attr-defined]
     if state:
         watch.load_state_dict(state["monitor"])
+        alarms.load_state_dict(state.get("alarms", {}))
         online.load(state.get("online", {}))
         log.info("going on with %s after step %d of %d", run.path, step, end)
+        state.clear()  # gives its memory back
 
-    def save() -> None:
+    def save(final: bool) -> None:
+        data.require_readable(options.data.max_bad_fraction)  # what is over the limit must not be gone on from
         state = {
             "step": step,
             "method": options.method.name,  # type: ignore[attr-defined]
@@ -211,27 +243,30 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
             "scaler": scaler.state_dict(),
             "loader": data.state_dict(),
             "monitor": watch.state_dict(),
+            "alarms": alarms.state_dict(),
             "online": online.state(),
-            "random": distributed.gather_values(torch.get_rng_state()),
+            **_random_states(device),
+            "config": options.model_dump(mode="json"),
             "versions": {"ssl_pipeline": __version__, "torch": str(torch.__version__), "timm": timm.__version__,
                          "python": platform.python_version()},
         }  # fmt: skip
-        distributed.together(lambda: write(state) if world.is_main else None)
-
-    def write(state: dict[str, Any]) -> None:
-        # In this order a run whose last checkpoint exists has its backbone too.
-        backbone.save(method.evaluated_backbone(), options.backbone, run.backbone)
+        bare = [run.backbone]
         if options.checkpoint.backbone_due(step, len(data)):
-            run.backbones.mkdir(exist_ok=True)
-            kept = run.backbones / f"epoch_{step // len(data):04d}.pth"
-            backbone.save(method.evaluated_backbone(), options.backbone, kept)
-        checkpoint.write(run.checkpoints, state, options.checkpoint.keep)
+            bare.append(run.backbones / f"epoch_{step // len(data):04d}.pth")
+
+        def write_bare(weights: dict[str, Tensor]) -> None:
+            for path in bare:
+                backbone.write(weights, options.backbone, path)
+
+        # The bare backbones first: a run whose last checkpoint exists has its backbone too.
+        writer.save(state, method.evaluated_backbone().state_dict(), write_bare, final)
 
     method.train()
     watch.tick(step)
     with Preemption() as preemption:
         while step < end:
             for batch in watch.timed(data):
+                watchdog.beat(step)
                 if step == 0 and world.is_main:
                     specs = [view.normalize for view in data.views]
                     watch.show_views(run.views, batch.views, [(spec.mean, spec.std) for spec in specs])
@@ -242,9 +277,8 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
                 before = [x.clone() for x in method.changed_by_forward()]
                 method.before_forward(progress)
 
-                with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                    output = model([view.contiguous(memory_format=layout) for view in batch.views])
-                scaler.scale(output.loss).backward()
+                views = [view.contiguous(memory_format=layout) for view in batch.views]
+                output = _forward_backward(method, model, views, options.optim.accumulate, half, scaler)
 
                 # From here on everything is predicated on `finite`, which only the device knows.
                 method.before_update(progress)
@@ -263,14 +297,26 @@ def _train(options: PretrainConfig, index: Index, run: RunFolder, world: distrib
 
                 last = step == end
                 if last or step % options.monitor.every_steps == 0:
-                    watch.log(step, data.epoch, rates, len(data.all_bad()))
+                    values = watch.log(step, data.epoch, rates, len(data.all_bad()))
                     data.require_readable(options.data.max_bad_fraction)
+                    if world.is_main:
+                        recovery.tell(watch.skipped, data, run.nonfinite, options.precision == "fp16")
+                    if watch.in_a_row >= options.recovery.max_skipped:  # on all ranks: they share the gradients' norm
+                        writer.wait()
+                        step = _roll_back(options, run, step, watch, method, optimizer, scaler, data, online, world)
+                        save(final=True)  # at once: a kill must not forget it
+                        break  # out of the epoch's old order
+                    if alarm := alarms.look(step, data.epoch, values):
+                        save(final=True)
+                        raise _failed(alarm, watch, run, world, step)
                 if step % len(data) == 0 and online.due(step // len(data)):
                     watch.note(step, data.epoch, online.neighbours(method.evaluated_backbone()))
                     watch.tick(step)
+                    watchdog.beat(step)
                 stop = preemption.requested()
                 if last or stop or options.checkpoint.due(step, len(data)):
-                    save()
+                    with watch.held():
+                        save(final=last or stop)
                     if stop and not last:
                         log.info("stopped by a signal after step %d; the same command goes on from here", step)
                         watch.close()
@@ -298,7 +344,49 @@ def _ended(run: RunFolder, world: distributed.World, status: Status, step: int) 
     return status
 
 
+def _failed(stop: Stop, watch: Monitor, run: RunFolder, world: distributed.World, step: int) -> Stop:
+    """What all ranks raise together; the main one alone says it."""
+    watch.close()
+    _ended(run, world, stop.status, step)
+    return stop if world.is_main else type(stop)("")
+
+
 # ----------------------------------------------------------------------------------------------------- parts of the loop
+def _forward_backward(
+    method: Method,
+    model: nn.Module,
+    views: list[Tensor],
+    accumulate: int,
+    half: torch.dtype | None,
+    scaler: torch.amp.GradScaler,
+) -> Output:
+    """The output of a step and, on the parameters of `method`, which `model` wraps, the gradient of its loss.
+
+    A loss that is a mean over samples takes one micro-batch after the other; in any other the samples meet, so it takes
+    one pass, of which the method divides the part that needs the memory.
+    """
+    passes, parts = (accumulate, 1) if method.per_sample else (1, accumulate)
+    outputs = []
+    for number, some in enumerate(zip(*(view.chunk(passes) for view in views), strict=True), start=1):
+        with distributed.averaging(model, now=number == passes):
+            with torch.autocast(views[0].device.type, dtype=half, enabled=half is not None):
+                output = model(list(some), parts)
+            # Begun with 1, or NaN where the loss is not finite: then the gradients of all ranks are NaN too.
+            scaler.scale(output.loss / passes).backward(output.loss.detach() * 0 + 1)
+        outputs.append(output)
+    return method.join(outputs)
+
+
+def _accumulation(options: PretrainConfig, method: Method, ranks: int) -> str:
+    """What a division into micro-batches means, in words."""
+    batch, parts = options.data.batch_size, options.optim.accumulate
+    where = "" if method.per_sample else "outside of the head "
+    return (
+        f"{parts} micro-batches of {batch // ranks // parts} on each rank: batch norm {where}sees {batch // parts} pictures "
+        f"at a time, the loss all {batch}"
+    )
+
+
 @torch.no_grad()
 def _put_back_unless(finite: Tensor, changed: list[Tensor], copies: list[Tensor]) -> None:
     """Undo what a forward pass changed before anyone knew whether it was good."""
@@ -329,18 +417,90 @@ def _restore(
 ) -> None:
     """Put a checkpoint's state back. Raises BadInput where it belongs to another method or other shapes."""
     name = method.options.name
+    missing = {"method", "model", "optimizer", "scaler", "loader", "monitor", "random"} - state.keys()
+    if missing:
+        raise BadInput(
+            f"the checkpoint of step {state['step']} has no {sorted(missing)[0]}: move it away to go on without"
+        )
     if state["method"] != name:
         raise BadInput(f"the checkpoint is of method {state['method']} and the config of {name}: name another --output")
     difference = backbone.compare(state["model"], method.state_dict())
     if difference:
         raise BadInput(f"the checkpoint does not fit the config's network: {difference}; name another --output")
     method.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    optim.load(optimizer, state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     data.load_state_dict(state["loader"])
     if len(state["random"]) == world.size:
         # A clone: torch 2.14 crashes on a tensor that begins within another one.
         torch.set_rng_state(state["random"][world.rank].clone())
+        on_device = state.get(f"random_{world.device.type}")
+        if on_device is not None:
+            torch.get_device_module(world.device).set_rng_state(on_device[world.rank].clone(), world.device)
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's generators, a row a rank: the host's and, where there is one, the device's. A collective."""
+    states = {"random": distributed.gather_values(torch.get_rng_state())}
+    if device.type != "cpu":
+        own = torch.get_device_module(device).get_rng_state(device)
+        states[f"random_{device.type}"] = distributed.gather_values(own)
+    return states
+
+
+def _roll_back(
+    options: PretrainConfig,
+    run: RunFolder,
+    step: int,
+    watch: Monitor,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data: Loader,
+    online: Online,
+    world: distributed.World,
+) -> int:
+    """Go back to the last good checkpoint, or to the start where there is none, the rest of its epoch in another order.
+
+    Returns its step. Raises NonFinite where that was done `recovery.max_rollbacks` times.
+    """
+    rollbacks, in_a_row = data.rollbacks + 1, watch.in_a_row
+    if rollbacks > options.recovery.max_rollbacks:
+        stop = recovery.gave_up(options.recovery, run, step, in_a_row, options.precision)
+        raise _failed(stop, watch, run, world, step)
+    found = checkpoint.read_together(run.checkpoints, checkpoint.is_good)
+    state = found or _first_state(options, world.device)
+    there: int = state["step"]
+    distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
+    data.rekey(rollbacks)
+    online.load(state.get("online", {}))
+    watch.rewind(there, state["monitor"])
+    distributed.together(lambda: checkpoint.remove_after(run.checkpoints, there) if world.is_main else None)
+    if world.is_main:
+        run.record("rollback", step=step, to=there, rollbacks=rollbacks, skipped=in_a_row)
+        log.warning(
+            "loss or gradients were not finite for %d steps in a row: back from step %d to %s, rollback %d of at most %d; "
+            "the rest of that epoch comes in another order",
+            in_a_row, step, f"the checkpoint of step {there}" if found else "the start, for want of a checkpoint",
+            rollbacks, options.recovery.max_rollbacks,
+        )  # fmt: skip
+    return there
+
+
+def _first_state(options: PretrainConfig, device: torch.device) -> dict[str, Any]:
+    """What a checkpoint of step 0 would hold."""
+    method = build_method(options)
+    optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
+    return {
+        "step": 0,
+        "method": method.options.name,
+        "model": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": torch.amp.GradScaler(device.type, enabled=options.precision == "fp16").state_dict(),
+        "loader": {"epoch": 0, "consumed": 0, "bad": {}},
+        "monitor": {"names": [], "sums": None},
+        "random": [],  # build_method has seeded it
+    }
 
 
 # --------------------------------------------------------------------------------------------------- without running it
@@ -360,7 +520,7 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
         whole = samples // batch * options.epochs
         cut = options.max_steps is not None and options.max_steps < whole
         steps = f"{options.max_steps} (max_steps; the schedule spans {whole})" if cut else str(whole)
-    elif batch % ranks:
+    elif batch % (ranks * options.optim.accumulate):
         require_possible(options, ranks, batch)
     last = method.head.last_layer
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in method.named_children()}
@@ -368,7 +528,8 @@ def consequences(options: PretrainConfig, ranks: int) -> dict[str, Any]:
     rate_1d = optim.base_rate(options.optim, batch, options.optim.learning_rate_1d)
     return {
         "global batch": batch,
-        "batch per rank": f"{batch // ranks} on {ranks} rank{'s' if ranks > 1 else ''}",
+        "batch per rank": f"{batch // ranks} on {ranks} rank{'s' if ranks > 1 else ''}"
+        + (f", {_accumulation(options, method, ranks)}" if options.optim.accumulate > 1 else ""),
         "training pictures": samples if samples is not None else f"unknown: no folder {str(root)!r}",
         "steps per epoch": samples // batch if samples else "unknown",
         "steps": steps,

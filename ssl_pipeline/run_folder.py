@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
+import pwd
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -32,8 +34,15 @@ CHANGEABLE = (
     "online.",
     "checkpoint.",
     "max_steps",
+    "distributed.",
+    "recovery.",
+    "alarms.",
+    "optim.accumulate",
+    "data.root",
 )
-"""Keys in which a second start of a run may differ from the first: they do not change what is computed."""
+"""Keys in which a second start of a run may differ from the first: they do not change what is computed, but for
+`optim.accumulate`, which another number of ranks may need and which divides the batch that batch norm sees. That
+`data.root` holds the same pictures is asked of the checkpoint."""
 
 
 class RunFolder:
@@ -50,21 +59,26 @@ class RunFolder:
         self.backbone = path / "backbone.pth"
         self.backbones = path / "backbones"
         self.jobs = path / "jobs.jsonl"
+        self.nonfinite = path / "nonfinite.jsonl"
         self.results = path / "results"
         self._lock: IO[str] | None = None
 
     def open_for_writing(
-        self, values: Mapping[str, Any], complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict
+        self,
+        values: Mapping[str, Any],
+        complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+        write: bool = True,
     ) -> None:
-        """Make the folder, take its lock, and write `values` as its config.
+        """Make the folder, take its lock, and write `values` as its config, or leave that to `describe`.
 
         `complete` adds to the config of a run that an older version began the options which that did not have.
 
-        Raises BadInput where another process writes here or the folder belongs to another config, StorageFailure where
-        it cannot be made.
+        Raises BadInput where another process writes here, or the folder belongs to another user or another config, or
+        holds links; StorageFailure where it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.require_own()
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise StorageFailure(f"cannot write to the run folder {str(self.path)!r}: {error}") from None
@@ -89,11 +103,42 @@ class RunFolder:
         job = f" of job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
         self._lock.flush()
+        self._remove_partials()
         if self.config.is_file() and self.begun():
             self._require_same(values, complete(self.read_config()))
         elif any(self.checkpoints.glob("*.pt")):
             raise BadInput(f"{str(self.path)!r} holds checkpoints but no config.yaml: name another --output")
-        self.describe(values)
+        if write:
+            self.describe(values)
+
+    def _remove_partials(self) -> None:
+        """Remove what a process that was killed had begun to write; this one, which has the lock, has begun nothing."""
+        for pattern in ("checkpoints/.*.partial", "backbones/.*.partial", ".backbone.*.partial"):
+            for left in self.path.glob(pattern):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+
+    def require_own(self) -> None:
+        """Raises BadInput where the folder is another user's, or not plain; one that is not there yet is ours."""
+        require_owner(self.path)
+        self.require_plain()
+
+    def require_plain(self) -> None:
+        """Raises BadInput where there is something in the folder that is neither a file nor a folder.
+
+        Through a link a stranger's run would show files from elsewhere in a report, and have them overwritten. What lies
+        in logs/ is left out: submitit makes links there.
+        """
+        for folder in (self.path, self.checkpoints, self.backbones, self.results, self.tensorboard):
+            if not folder.is_dir():
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
+                        raise BadInput(
+                            f"{entry.path!r} is a link or a device, and a run folder holds files and folders alone: remove it; "
+                            "a link may stand for the whole run folder"
+                        )
 
     def describe(self, values: Mapping[str, Any]) -> None:
         """Write config.yaml. Raises StorageFailure."""
@@ -180,6 +225,21 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def require_owner(folder: Path) -> None:
+    """Raises BadInput where a folder is another user's, unless this one is root; warns where others may write to it."""
+    if not folder.exists():
+        return
+    state = folder.stat()
+    if os.geteuid() not in (0, state.st_uid):
+        try:
+            owner = pwd.getpwuid(state.st_uid).pw_name
+        except KeyError:
+            owner = str(state.st_uid)
+        raise BadInput(f"{str(folder)!r} belongs to user {owner}: name a folder of your own by --output")
+    if state.st_mode & 0o022:
+        log.warning("others can write to %s, and so decide what your jobs there run: chmod -R go-w it", folder)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -29,3 +29,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / name).resolve() if name else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_the_tests_that_the_documents_name_are_there() -> None:
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    for page in PAGES:
+        for name, more in re.findall(r"`(test_\w+?)(\.\.\.)?`", page.read_text()):
+            assert name in defined or (more and any(one.startswith(name) for one in defined)), f"{page.name}: {name}"

@@ -75,7 +75,7 @@ def test_the_script_asks_for_what_was_given() -> None:
     ):  # fmt: skip
         assert re.search(rf"^#SBATCH --.*{re.escape(line)}$", text, flags=re.MULTILINE), line
     # Since Slurm 22.05 srun must be told the CPUs of a task again.
-    assert re.search(r"^srun .*--kill-on-bad-exit=0 --wait=240 --cpus-per-task=8 ", text, flags=re.MULTILINE)
+    assert re.search(r"^srun .*--kill-on-bad-exit=0 --wait=720 --cpus-per-task=8 ", text, flags=re.MULTILINE)
 
 
 def test_without_a_time_the_slot_is_a_day(here: Callable, few_digits: Path) -> None:

@@ -1,5 +1,9 @@
+import contextlib
+import io
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +13,14 @@ from PIL import Image
 from ssl_pipeline import distributed, monitor
 from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.run_folder import read_lines
+from tests.ranks import on_ranks
+from tests.test_checkpoint import file_limit
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
 
-def make(folder: Path, start: int = 0) -> Monitor:
-    options = monitor.Options(every_steps=2)
+def make(folder: Path, start: int = 0, tensorboard: bool = True) -> Monitor:
+    options = monitor.Options(every_steps=2, tensorboard=tensorboard)
     return Monitor(options, folder / "metrics.jsonl", folder / "tb", distributed.start(), 4, 10, start_step=start)
 
 
@@ -49,6 +55,41 @@ def test_means_over_good_steps_and_a_count_of_the_others(tmp_path: Path, capsys:
     assert list((tmp_path / "tb").iterdir())
 
 
+def test_rows_wait_for_a_full_disk_and_none_is_lost_or_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def log(watch: monitor.Monitor, steps: range) -> None:
+        for step in steps:
+            watch.add(values(step), YES)
+            watch.log(step, 0, {}, 0)
+
+    watch = make(tmp_path, tensorboard=False)
+    log(watch, range(1, 4))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with file_limit(size + size // 2):  # the disk takes a row, and half of the next one
+        log(watch, range(4, 8))
+        rows = read_lines(tmp_path / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    log(watch, range(8, 9))
+    watch.close()
+    assert [(row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == [
+        (step, step) for step in range(1, 9)
+    ]
+    (told,) = caplog.records
+    assert "metrics.jsonl: [Errno 27] File too large; its rows wait until there is room" in told.getMessage()
+
+
+def test_time_within_held_is_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: float(next(clock)))
+    watch = make(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        for _ in range(2 if step == 1 else 0):
+            with watch.held():
+                pass
+        watch.add(values(1.0), YES)
+        watch.log(step, 0, {}, 0)
+    assert [row["checkpoint_stall"] for row in read_lines(tmp_path / "metrics.jsonl")] == [2.0, 0.0]
+
+
 def test_a_restart_continues_one_series(tmp_path: Path) -> None:
     watch = make(tmp_path)
     for step in (1, 2, 3, 4):
@@ -66,6 +107,32 @@ def test_a_restart_continues_one_series(tmp_path: Path) -> None:
     again.close()
     rows = read_lines(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 15.0)]
+
+
+def test_skipped_steps_are_named_and_counted_across_a_restart(tmp_path: Path) -> None:
+    watch = make(tmp_path)
+    for loss, finite in ((1.0, YES), (float("nan"), NO), (3.0, YES), (float("inf"), NO)):
+        watch.add(values(loss) | {"gradient_norm": torch.tensor(2 * loss)}, finite)
+    values_logged = watch.log(4, 0, {}, 0)
+    assert (values_logged["skipped"], watch.in_a_row) == (2, 1)
+    assert [skip.step for skip in watch.skipped] == [2, 4]
+    assert watch.skipped[1].values == {"loss": float("inf"), "gradient_norm": float("inf")}
+    watch.add(values(5.0) | {"gradient_norm": torch.tensor(float("inf"))}, NO)
+    state = watch.state_dict()
+    assert state["in_a_row"] == 2
+    watch.close()
+    again = make(tmp_path, start=5)
+    again.load_state_dict(state)
+    again.add(values(6.0) | {"gradient_norm": torch.tensor(float("inf"))}, NO)
+    again.log(6, 0, {}, 0)
+    assert [(skip.step, skip.values["loss"]) for skip in again.skipped] == [(5, 5.0), (6, 6.0)]
+    assert again.in_a_row == 3
+    again.rewind(4, {"names": [], "sums": None, "in_a_row": 1})  # as of an older version
+    again.add(values(7.0), YES)
+    again.log(5, 0, {}, 0)
+    again.close()
+    assert (again.skipped, again.in_a_row) == ([], 0)
+    assert [(row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == [(4, 2.0), (5, 7.0)]
 
 
 def test_numbers_that_are_no_json_are_null(tmp_path: Path) -> None:
@@ -121,3 +188,41 @@ def test_who_waits_for_data_is_told_what_to_try(
     assert "training waited for data 30 % of the last" in caplog.text
     assert [interval(100, 0.5) for _ in range(5)] == [1] * 5
     assert interval(100, 0.5) == 2
+
+
+def two_who_wait(folder: str) -> list:
+    """On each rank: what was logged and said where rank 1 alone waits for data, and then nobody."""
+    world = distributed.start()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ssl_pipeline").addHandler(handler)
+    clock = [1000.0 * world.rank]  # as of two machines
+    monitor.time = SimpleNamespace(monotonic=lambda: clock[0])  # type: ignore[assignment]
+    watch = Monitor(monitor.Options(tensorboard=False), Path(folder) / "m", Path(folder), world, 4, 99,
+                    remedy=lambda: f"try what rank {world.rank} says")  # fmt: skip
+    watch.tick(0)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        for step, share in enumerate((0.3, 0.3, 0.0), start=1):
+
+            def batch(share=share):
+                clock[0] += 40 * share * world.rank
+                yield 1
+
+            for _ in watch.timed(batch()):
+                clock[0] += 40 - 40 * share * world.rank
+                watch.add(values(1.0), YES)
+            watch.log(step, 0, {}, 0)
+    watch.close()
+    return [lines, printed.getvalue()]
+
+
+def test_the_rank_that_waits_is_the_one_that_counts(tmp_path: Path) -> None:
+    (said, printed), (other, _) = on_ranks(2, two_who_wait, str(tmp_path))
+    assert [row["data_wait"] for row in read_lines(tmp_path / "m")] == pytest.approx([0.3, 0.3, 0.0])
+    assert said == ["training waited for data 30 % of the last 1 min 20 s on rank 1; try what rank 1 says"]
+    assert other == []
+    assert [line.partition("waiting for data ")[2].partition("  ")[0] for line in printed.splitlines()] == [
+        "30 % on rank 1", "30 % on rank 1", "0 %"
+    ]  # fmt: skip

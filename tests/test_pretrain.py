@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +23,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pipeline import checkpoint, config, distributed, monitor, pretrain, sparse_head
+from ssl_pipeline.data import loader as loading
 from ssl_pipeline.data.loader import Loader
+from ssl_pipeline.data.pack import pack
 from ssl_pipeline.exits import BadInput, Status, StorageFailure
 from ssl_pipeline.methods import byol
 from ssl_pipeline.monitor import TIME_KEYS
+from ssl_pipeline.preemption import SIGNALS, _noted
 from ssl_pipeline.pretrain import PretrainConfig
-from ssl_pipeline.run_folder import read_lines, saved_steps
+from ssl_pipeline.run_folder import checkpoint_file, read_lines, saved_steps
+from tests.test_checkpoint import file_limit, small_disk
 
 METHODS = ["simclr", "byol", "barlow_twins", "simsiam", "vicreg", "w_mse", "ssl_hsic", "swav"]
 
@@ -142,7 +150,8 @@ def test_the_adaptive_weight_follows_the_active_share(few_digits: Path, tmp_path
 
 # ------------------------------------------------------------------------------------------------------------ resuming
 @pytest.mark.parametrize(("method", "sparse"), [*((m, []) for m in METHODS), *(("simclr", s) for s in SPARSE.values()),
-                                                ("swav", SPARSE["bilevel"])])  # fmt: skip
+                                                ("swav", SPARSE["bilevel"]), ("simclr", ["optim.accumulate=4"]),
+                                                ("byol", ["optim.accumulate=2"])])  # fmt: skip
 def test_stopped_in_mid_epoch_and_resumed_is_not_stopped(
     few_digits: Path, tmp_path: Path, method: str, sparse: list[str]
 ) -> None:
@@ -232,16 +241,6 @@ def test_two_ranks_of_torchrun_are_one(digits: Path, tmp_path: Path, command: Ca
     assert one[0]["loss"] - one[-1]["loss"] > 0.01  # it trains: agreement of a standstill would say nothing
 
 
-@pytest.mark.slow
-def test_two_ranks_stopped_and_resumed_are_not_stopped(few_digits: Path, tmp_path: Path, command: Callable) -> None:
-    words = ("pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=16", "monitor.tensorboard=false")
-    for run, ends in (("whole", (8,)), ("parts", (3, 8))):
-        for end in ends:
-            done = command(*words, f"max_steps={end}", "--output", run, ranks=2)
-            assert done.returncode == Status.DONE, done.stderr
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-
-
 def test_bare_backbones_are_kept(few_digits: Path, tmp_path: Path) -> None:
     chosen = options(
         few_digits, "checkpoint.every_epochs=null", "checkpoint.backbone_every_epochs=2", "max_steps=40", "epochs=4"
@@ -320,8 +319,7 @@ def waits_of_twenty_steps(run_options: PretrainConfig, output: Path, monkeypatch
     excused(Loader, "_take")
     excused(monitor.Monitor, "log")
     excused(monitor.Monitor, "show_views")
-    excused(pretrain.checkpoint, "write")
-    excused(pretrain.backbone, "save")
+    excused(monitor.Monitor, "state_dict")  # of the checkpoint
     excused(distributed, "together")
     excused(distributed, "gather_values")
     excused(distributed, "union")  # of the logged step and the checkpoint, on the host
@@ -345,6 +343,7 @@ def waits_of_twenty_steps(run_options: PretrainConfig, output: Path, monkeypatch
     [
         *((method, ["precision=bf16"]) for method in METHODS),
         *(("byol", ["precision=bf16", *sparse]) for sparse in SPARSE.values()),
+        *((method, ["precision=bf16", "optim.accumulate=2"]) for method in ("byol", "swav")),
         pytest.param("simclr", ["precision=fp16"], marks=pytest.mark.slow),
     ],
 )
@@ -367,55 +366,6 @@ def test_a_wait_would_be_seen(few_digits: Path, tmp_path: Path, monkeypatch: pyt
     assert waits_of_twenty_steps(chosen, tmp_path, monkeypatch)
 
 
-# ------------------------------------------------------------------------------------------------------- bad numbers
-@pytest.mark.parametrize(("method", "sparse"), [*((m, []) for m in METHODS), *(("byol", s) for s in SPARSE.values())])
-def test_a_step_with_nan_pictures_leaves_every_bit_as_it_was(
-    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, sparse: list[str]
-) -> None:
-    take = Loader._take
-    states: list[dict[str, torch.Tensor]] = []
-    taken = []
-
-    def poisoned(self: Loader) -> Any:
-        batch = take(self)
-        taken.append(batch)
-        if len(taken) == 3:
-            batch.views[0][0] = float("nan")
-        return batch
-
-    build = pretrain.build_method
-
-    def watched(run_options: PretrainConfig) -> Any:
-        made = build(run_options)
-        after_update = made.after_update
-
-        def spy(*args: Any) -> None:
-            after_update(*args)
-            states.append({n: v.clone() for n, v in made.state_dict().items()})
-
-        made.after_update = spy
-        return made
-
-    monkeypatch.setattr(Loader, "_take", poisoned)
-    monkeypatch.setattr(pretrain, "build_method", watched)
-    pretrain.pretrain(options(few_digits, "max_steps=5", "optim.name=adam", *sparse, method=method), tmp_path)
-    assert all(torch.equal(states[1][name], value) for name, value in states[2].items())
-    assert any(not torch.equal(states[2][name], value) for name, value in states[3].items())
-    assert [row["skipped"] for row in series(tmp_path)] == [0, 0, 1, 0, 0]
-    assert [row["loss"] is None for row in series(tmp_path)] == [False, False, True, False, False]
-    assert all(torch.isfinite(value).all() for value in states[-1].values())
-
-
-def test_fp16_overflow_is_skipped_and_the_scale_falls_and_is_saved(few_digits: Path, tmp_path: Path) -> None:
-    chosen = options(few_digits, "precision=fp16", "max_steps=3", "optim.learning_rate=1e-3")
-    pretrain.pretrain(chosen, tmp_path)
-    state = checkpoint.read_newest(tmp_path / "checkpoints")
-    assert state["scaler"]["scale"] > 0
-    skipped = sum(row["skipped"] for row in series(tmp_path))
-    assert state["scaler"]["scale"] == 65536.0 * 0.5**skipped
-    assert pretrain.pretrain(chosen.model_copy(update={"max_steps": 4}), tmp_path) == Status.DONE
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
 def test_bad_input_is_refused_before_anything_happens(few_digits: Path, tmp_path: Path) -> None:
     for overrides, words in (
@@ -434,6 +384,20 @@ def test_bad_input_is_refused_before_anything_happens(few_digits: Path, tmp_path
             options(few_digits, *overrides)
     with pytest.raises(BadInput, match="70 ranks are more than data.batch_size = 16"):
         pretrain.require_possible(options(few_digits), 70, 1437)
+    for parts, fits in ((3, 4), (16, 8)):
+        words = rf"optim.accumulate = {parts} does not divide the 8 pictures of each rank: take {fits}$"
+        with pytest.raises(BadInput, match=words):
+            pretrain.require_possible(options(few_digits, f"optim.accumulate={parts}"), 2, 1437)
+
+
+def test_what_micro_batches_mean_is_said(few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ssl_pipeline")
+    for method, where in (("simclr", "outside of the head "), ("byol", "")):
+        chosen = options(few_digits, "optim.accumulate=2", "max_steps=1", method=method)
+        said = f"2 micro-batches of 8 on each rank: batch norm {where}sees 8 pictures at a time, the loss all 16"
+        assert pretrain.consequences(chosen, 1)["batch per rank"] == f"16 on 1 rank, {said}"
+        assert pretrain.pretrain(chosen, tmp_path / method) == Status.DONE
+        assert f"accumulating {said}" in caplog.text
 
 
 def test_a_run_of_an_older_version_goes_on(few_digits: Path, tmp_path: Path) -> None:
@@ -462,6 +426,140 @@ def test_a_checkpoint_of_another_method_or_shape_is_refused(few_digits: Path, tm
             pretrain.pretrain(other, tmp_path)
 
 
+def test_a_state_that_does_not_fit_is_refused_and_an_old_one_goes_on(few_digits: Path, tmp_path: Path) -> None:
+    chosen = options(few_digits, "max_steps=2", "optim.name=adam")
+    pretrain.pretrain(chosen, tmp_path)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    whole = checkpoint.read(file)
+    assert (
+        whole["config"]
+        == chosen.model_dump(mode="json")
+        == config.parse_yaml((tmp_path / "config.yaml").read_text(), "")
+    )
+    first = whole["optimizer"]["state"][0]
+    groups = whole["optimizer"]["param_groups"]
+    later = chosen.model_copy(update={"max_steps": 3})
+
+    def with_first(**values: Any) -> dict[str, Any]:
+        state = whole["optimizer"]["state"] | {0: {**first, **values}}
+        return whole | {"optimizer": {"state": state, "param_groups": groups}}
+
+    for state, words in (
+        (with_first(exp_avg=torch.zeros(3)), r"optimizer: exp_avg of tensor 0 is \(3,\), not \("),
+        (with_first(momentum_buffer=first["exp_avg"]), r"tensor 0 has .*'momentum_buffer', 'step'\], not \['exp_avg'"),
+        (whole | {"optimizer": {"state": {}, "param_groups": groups[:1]}}, r"its groups \(name, tensors\) are \[\('"),
+        ({key: value for key, value in whole.items() if key != "scaler"}, "step 2 has no scaler: move it away"),
+    ):
+        torch.save(state, file)
+        with pytest.raises(BadInput, match=words):
+            pretrain.pretrain(later, tmp_path)
+    # As an older version wrote it.
+    torch.save({key: value for key, value in whole.items() if key != "config"}, file)
+    assert pretrain.pretrain(later, tmp_path) == Status.DONE
+
+
+# ---------------------------------------------------------------------------------------------- saves in the background
+def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> None:
+    """Call an action at the end of a step's computation, before the saves that are due after it."""
+    add = monitor.Monitor.add
+    steps = itertools.count(1)
+
+    def acting(self: Any, *args: Any) -> None:
+        add(self, *args)
+        actions.get(next(steps), lambda: None)()
+
+    monkeypatch.setattr(monitor.Monitor, "add", acting)
+
+
+def test_checkpoints_written_late_hold_their_step(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = ["checkpoint.every_steps=2", "checkpoint.keep=9", "optim.name=adam", "optim.learning_rate=1e-3"]
+    chosen = options(few_digits, *often, "max_steps=7", method="byol")
+    assert pretrain.pretrain(chosen, tmp_path / "quiet") == Status.DONE
+    go = threading.Semaphore(0)
+    write = checkpoint.write
+
+    def late(*args: Any) -> Path:
+        assert go.acquire(timeout=60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "write", late)
+    # Each when the step after the save is done; that of step 7 is waited for.
+    at_step(monkeypatch, {3: go.release, 5: go.release, 7: lambda: go.release(2)})
+    assert pretrain.pretrain(chosen, tmp_path / "late") == Status.DONE
+    for step in (2, 4, 6, 7):
+        one, other = (
+            checkpoint.read(checkpoint_file(tmp_path / name / "checkpoints", step)) for name in ("quiet", "late")
+        )
+        assert one["loader"] == other["loader"]
+        assert torch.equal(one["random"], other["random"])
+        moments = [
+            {(p, n): v for p, s in state["optimizer"]["state"].items() for n, v in s.items()} for state in (one, other)
+        ]
+        for a, b in ((one["model"], other["model"]), moments):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(value, b[name]) for name, value in a.items())
+    rows = read_lines(tmp_path / "late" / "metrics.jsonl")
+    assert [row["checkpoint_stall"] > 0 for row in rows] == [False, False, True, False, True, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies loudly
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_disk_that_fills_up_ends_the_run_after_three_saves_and_not_before(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mended: bool
+) -> None:
+    run, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
+    chosen = options(few_digits, "monitor.tensorboard=true", "checkpoint.every_steps=2", "max_steps=10")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**12))
+
+    at_step(monkeypatch, {3: fill, 7: ballast.unlink if mended else fill})
+    with small_disk(tmp_path / "disk", 2**22):
+        if mended:
+            assert pretrain.pretrain(chosen, run) == Status.DONE
+        else:
+            with pytest.raises(StorageFailure, match="No space left on device; free room .* give the same command"):
+                pretrain.pretrain(chosen, run)
+        told = [record.getMessage() for record in caplog.records]
+        failed = [text for text in told if "cannot write" in text and "in a row that failed" in text]
+        assert len(failed) == 2
+        assert all("No space left on device; free room there" in text for text in failed)
+        assert ["(save 1 of 3" in failed[0], "(save 2 of 3" in failed[1]] == [True, True]
+        assert any("metrics.jsonl: [Errno 28] No space left on device; its rows wait" in text for text in told)
+        assert saved_steps(run / "checkpoints") == ([8, 10] if mended else [2])
+        ballast.unlink(missing_ok=True)
+        assert not [path for path in run.rglob(".*") if path.name != ".lock"]
+        if not mended:
+            monkeypatch.undo()
+            assert pretrain.pretrain(chosen, run) == Status.DONE
+        assert [row["step"] for row in series(run)] == list(range(1, 11))
+
+
+def test_a_refused_save_at_a_signal_is_no_stop(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = options(few_digits, "checkpoint.every_steps=2", "max_steps=10")
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with contextlib.ExitStack() as limit:
+        at_step(
+            monkeypatch,
+            {3: lambda: limit.enter_context(file_limit(15_000)), 5: lambda: signal.raise_signal(signal.SIGTERM)},
+        )
+        with pytest.raises(StorageFailure, match="backbone.pth: File too large.*give the same command again"):
+            pretrain.pretrain(chosen, tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    _noted.clear()
+    assert "training goes on" in caplog.records[0].getMessage()  # after step 4
+    assert "trying once more" in caplog.records[1].getMessage()  # after step 6, which no save would follow
+    assert len(caplog.records) == 2
+    assert saved_steps(tmp_path / "checkpoints") == [2]
+
+
 def test_a_disk_without_room_is_refused_before_the_first_step(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +570,9 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_too_many_bad_pictures_stop_the_run_with_the_list(few_digits: Path, tmp_path: Path) -> None:
+def test_too_many_bad_pictures_stop_the_run_with_the_list(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(few_digits, tmp_path / "d")
     for path in sorted((tmp_path / "d" / "train" / "3").glob("*.png"))[:8]:
         path.write_bytes(b"no picture")
@@ -483,3 +583,90 @@ def test_too_many_bad_pictures_stop_the_run_with_the_list(few_digits: Path, tmp_
     allowed = options(tmp_path / "d", "data.max_bad_fraction=0.1", "epochs=1", "max_steps=null")
     assert pretrain.pretrain(allowed, tmp_path / "run2") == Status.DONE
     assert series(tmp_path / "run2")[-1]["bad_pictures"] == 8
+    last = [line for line in caplog.messages if line.startswith("8 unreadable: ")]
+    assert len(last) == 1  # the list at the end of the run
+    assert last[0].count("3/0") == 8
+
+
+def test_a_run_over_the_limit_goes_on_once_the_files_are_mended(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However late the limit is looked at: no checkpoint holds what is over it, and what one holds is asked again."""
+    shutil.copytree(few_digits, tmp_path / "d")
+    chosen = options(tmp_path / "d", "monitor.every_steps=50", "checkpoint.every_steps=1", "max_steps=8")
+    begun = chosen.model_copy(update={"max_steps": 2})
+    assert pretrain.pretrain(begun, tmp_path / "run") == Status.DONE
+    spoiled = [path for digit in "345" for path in sorted((tmp_path / "d" / "train" / digit).glob("*.png"))]
+    for path in spoiled:
+        path.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"of 160 pictures in .* are unreadable"):
+        pretrain.pretrain(chosen, tmp_path / "run")
+    newest = checkpoint.read_newest(tmp_path / "run" / "checkpoints")
+    assert len(newest["loader"]["bad"]) <= 1
+    for path in spoiled:
+        shutil.copyfile(few_digits / path.relative_to(tmp_path / "d"), path)
+    # As an older version left it.
+    newest["loader"]["bad"] = dict.fromkeys(range(48, 96), "the file is empty")
+    checkpoint.write(tmp_path / "run" / "checkpoints", newest, 3)
+    assert pretrain.pretrain(chosen, tmp_path / "run") == Status.DONE
+    assert checkpoint.read_newest(tmp_path / "run" / "checkpoints")["loader"]["bad"] == {}
+    assert caplog.text.count("can be read now, and take part again from here: 3/") == 1
+
+
+def test_a_storage_that_went_away_is_gone_on_from(
+    few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options(few_digits, "max_steps=8", "checkpoint.every_steps=1")
+    assert pretrain.pretrain(chosen, tmp_path / "whole") == Status.DONE
+    monkeypatch.setattr(loading, "PATIENCE", 0.2)
+    read, count = loading.Index.read, itertools.count()
+
+    def away(index: Any, sample: int) -> Any:
+        if next(count) >= 90:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(index, sample)
+
+    with monkeypatch.context() as outage:
+        outage.setattr(loading.Index, "read", away)
+        with pytest.raises(StorageFailure, match="Stale file handle, nor others, .* the same command goes on"):
+            pretrain.pretrain(chosen, tmp_path / "run")
+    saved = checkpoint.read_newest(tmp_path / "run" / "checkpoints")
+    assert saved["step"] >= 1
+    assert saved["loader"]["bad"] == {}
+    assert pretrain.pretrain(chosen, tmp_path / "run") == Status.DONE
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------- its pictures
+def test_a_run_goes_on_with_the_shards_of_its_folder_and_back(few_digits: Path, tmp_path: Path) -> None:
+    pack(few_digits, tmp_path / "shards", processes=1)
+    ends = {"folder": few_digits, "shards": tmp_path / "shards"}
+    chosen = {name: options(root, "max_steps=12") for name, root in ends.items()}
+    assert pretrain.pretrain(chosen["folder"], tmp_path / "whole") == Status.DONE
+    for end, name in ((3, "folder"), (8, "shards"), (12, "folder")):
+        part = chosen[name].model_copy(update={"max_steps": end})
+        assert pretrain.pretrain(part, tmp_path / "parts") == Status.DONE
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_other_pictures_than_those_it_was_begun_with_are_refused(few_digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(few_digits, tmp_path / "d")
+    begun = options(tmp_path / "d", "max_steps=2")
+    assert pretrain.pretrain(begun, tmp_path / "run") == Status.DONE
+    further = begun.model_copy(update={"max_steps": 4})
+    first = min((tmp_path / "d" / "train" / "0").iterdir())
+    first.rename(tmp_path / "away.png")
+    with pytest.raises(BadInput, match=r"d/train' are not those .*\(160 pictures, \w+ then, 159 pictures, \w+ now\)"):
+        pretrain.pretrain(further, tmp_path / "run")
+    (tmp_path / "away.png").rename(first)
+    assert pretrain.pretrain(further, tmp_path / "run") == Status.DONE
+    # Nor is a finished run said to be one of other pictures, on which its evaluations would then be made.
+    shutil.rmtree(tmp_path / "d" / "val")
+    shutil.copytree(tmp_path / "d", tmp_path / "other")
+    (tmp_path / "other" / "train" / "0").rename(tmp_path / "other" / "train" / "x")
+    with pytest.raises(BadInput, match="other/train' are not those"):
+        pretrain.pretrain(options(tmp_path / "other", "max_steps=4"), tmp_path / "run")
+    assert f"root: {tmp_path / 'd'}\n" in (tmp_path / "run" / "config.yaml").read_text()
+    shutil.copytree(tmp_path / "d", tmp_path / "same")
+    assert pretrain.pretrain(options(tmp_path / "same", "max_steps=4"), tmp_path / "run") == Status.DONE
+    assert f"root: {tmp_path / 'same'}\n" in (tmp_path / "run" / "config.yaml").read_text()

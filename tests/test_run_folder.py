@@ -23,9 +23,9 @@ def test_the_same_config_goes_on_and_another_is_refused_key_by_key(tmp_path: Pat
     RunFolder(tmp_path / "run").record("start")
     start({**CONFIG, "data": {"root": "x", "threads": 8}, "monitor": {"every_steps": 1}, "max_steps": 9})
     with pytest.raises(
-        BadInput, match=r"belongs to another config: .*\n  data.root: 'x' there, 'y' now\n  seed: 0 there, 1 now"
+        BadInput, match=r"belongs to another config: .*\n  data.size: 'absent' there, 8 now\n  seed: 0 there, 1 now"
     ):
-        start({**CONFIG, "seed": 1, "data": {"root": "y", "threads": None}})
+        start({**CONFIG, "seed": 1, "data": {"root": "y", "threads": None, "size": 8}})
     assert RunFolder(tmp_path / "run").read_config()["seed"] == 0
 
 

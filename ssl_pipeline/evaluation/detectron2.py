@@ -42,7 +42,7 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
 from ssl_pipeline import distributed, preemption
-from ssl_pipeline.exits import BadInput, Status, Stop, StorageFailure
+from ssl_pipeline.exits import BadInput, NonFinite, Status, Stop, StorageFailure
 from ssl_pipeline.export import Detectron2ResNet
 from ssl_pipeline.preemption import Preemption
 
@@ -128,6 +128,8 @@ def require_possible(cfg: CfgNode, ranks: int) -> None:
         )
     if cfg.TEST.AUG.ENABLED or cfg.TEST.EXPECTED_RESULTS:
         raise BadInput("TEST.AUG and TEST.EXPECTED_RESULTS are not done here: leave them as they are")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise BadInput("MODEL.LOAD_PROPOSALS reads pickles, which could run code: leave it False")
     if cfg.SEED < 0:
         raise BadInput(f"SEED = {cfg.SEED} would be another one after each stop: give 0 or more")
     if len(cfg.DATASETS.TEST) != 1:
@@ -284,7 +286,6 @@ class Trainer(DefaultTrainer):
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         sampler = _Sampler(len(pictures), cfg.SEED, self.start_iter * cfg.SOLVER.IMS_PER_BATCH)
         return build_detection_train_loader(cfg, dataset=pictures, sampler=sampler)
@@ -339,11 +340,9 @@ class Trainer(DefaultTrainer):
         except (
             FloatingPointError
         ) as error:  # from the rank that sees it, some in the forward pass: the others cannot be asked
-            stop = Stop(
+            raise NonFinite(
                 f"the loss is not finite at iteration {self.iter} ({str(error).splitlines()[0]}): lower SOLVER.BASE_LR"
-            )
-            stop.status = Status.NON_FINITE
-            raise stop from None
+            ) from None
         self.after_step()
 
     def _save(self, name: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline import backbone as backbones
-from ssl_pipeline import config, distributed
+from ssl_pipeline import config, distributed, optim
 from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.data.randomness import Purpose, generator
@@ -83,12 +83,9 @@ class Online(nn.Module):
             weights=None, backbone=architecture, root=data.root, view=data.evaluation_view,
             max_bad_fraction=1.0, threads=data.threads, readers=data.readers,
         )  # fmt: skip
-        if self.on:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.classifier = nn.Linear(width, classes)
-            self.to(world.device)
-            self.optimizer = torch.optim.Adam(self.parameters(), options.learning_rate, fused=True)
+        self._shape = width, classes
+        self.optimizer: torch.optim.Optimizer
+        self.load({})
 
     def step(self, representations: Tensor, labels: Tensor, finite: Tensor) -> dict[str, Tensor]:
         """Train the classifier on features (N, D) and labels (N,) of this rank; top-1, top-5 (percent) and loss before.
@@ -148,9 +145,17 @@ class Online(nn.Module):
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`; from the start where it has none, as after the probe was switched on."""
-        if self.on and state:
+        if not self.on:
+            return
+        if state:
             self.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            optim.load(self.optimizer, state["optimizer"])
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.classifier = nn.Linear(*self._shape)
+        self.to(self.world.device)
+        self.optimizer = torch.optim.Adam(self.parameters(), self.options.learning_rate, fused=True)
 
 
 def validation_pictures(options: Options, data: DataOptions) -> Index | None:

@@ -10,6 +10,7 @@ import base64
 import html
 import importlib.metadata
 import io
+import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,7 +134,11 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            partial = folder / f".{name}.partial"
+            partial.unlink(missing_ok=True)
+            with partial.open("x", encoding="utf-8") as file:  # never through a link that another one put there
+                file.write(text)
+            os.replace(partial, folder / name)
     except OSError as error:
         raise BadInput(
             f"cannot write the report to {str(folder)!r}: {error}; free room or name another folder"

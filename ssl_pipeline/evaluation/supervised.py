@@ -27,7 +27,7 @@ from ssl_pipeline.data.index import Index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.evaluation.features import Options as FeatureOptions
 from ssl_pipeline.evaluation.features import crop_and_flip
-from ssl_pipeline.exits import BadInput, Status, Stop
+from ssl_pipeline.exits import BadInput, NonFinite, Status, Stop
 from ssl_pipeline.monitor import Monitor
 from ssl_pipeline.monitor import Options as MonitorOptions
 from ssl_pipeline.optim import Options as OptimOptions
@@ -153,14 +153,9 @@ def described(
         "weights": digest(network),
         "view": (source.labelled_view or crop_and_flip(source.view)).model_dump(mode="json"),
         "evaluation_view": source.view.model_dump(mode="json"),
-        "pictures": {name: _labelled_digest(index) for name, index in sets.items()},
+        "pictures": {name: index.labelled_digest() for name, index in sets.items()},
         **more,
     }
-
-
-def _labelled_digest(index: Index) -> str:
-    text = f"{index.digest()} {index.classes} ".encode() + index.labels.tobytes()
-    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def folder(parent: Path, name: str, facts: Mapping[str, Any]) -> RunFolder:
@@ -275,11 +270,12 @@ def _fit(
     step, history = 0, []
     losses = torch.zeros(len(module.classifiers.each), device=device)  # of the newest step
 
-    state = distributed.together(lambda: checkpoint.read_newest(run.checkpoints))
+    state = checkpoint.read_together(run.checkpoints)
     if state:
         trained.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optim.load(optimizer, state["optimizer"])
         data.load_state_dict(state["loader"])
+        data.try_bad_again()
         step, history, losses = state["step"], state["history"], state["losses"].to(device)
         log.info("going on with %s after step %d of %d", run.path, step, steps)
     watch = Monitor(
@@ -348,9 +344,9 @@ def _fit(
                              ", ".join(f"{best}{name} {value:.2f} %" for name, value in first.items()))  # fmt: skip
             history.append(row)
             if all(loss is None for loss in row["loss"]):
-                stop = Stop(f"no loss is finite after epoch {data.epoch}: lower the rates (recipe.optim.learning_rate)")
-                stop.status = Status.NON_FINITE
-                raise stop
+                raise NonFinite(
+                    f"no loss is finite after epoch {data.epoch}: lower the rates (recipe.optim.learning_rate)"
+                )
             save()
             watch.tick(step)
     watch.close()

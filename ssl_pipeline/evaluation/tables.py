@@ -140,13 +140,14 @@ class Entry:
 
 
 def read(run: RunFolder) -> Entry:
-    """Raises BadInput where the folder is no run or a result is no JSON."""
+    """Raises BadInput where the folder is no run, holds links, or a result is no JSON."""
+    run.require_plain()
     options = config.flatten(run.read_config())
     if options.get("method.name") is None:
         raise BadInput(f"{run.config} names no method: it is no config of a pretraining")
     try:
         results = run.read_results()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"a file in {run.results} is no JSON ({error}): evaluate again or remove it") from None
     rows = [row for row in read_lines(run.metrics) if isinstance(row, dict) and isinstance(row.get("step"), int)]
     return Entry(

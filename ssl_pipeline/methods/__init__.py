@@ -5,14 +5,16 @@ A method's file holds its `Options`, its loss as a pure function, and its class 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import BadInput
@@ -101,6 +103,8 @@ class Method(nn.Module):
     """Of the step that is being made."""
     gradient_scale: float = 1.0
     """Factor on the whole gradient, not on the value; 1 but for a quirk that a recipe was tuned with."""
+    per_sample: bool = False
+    """Whether the loss is a mean over samples that meet in batch norm alone, and so the mean over micro-batches too."""
 
     def __init__(self, options: Any, backbone: nn.Module, head: ProjectionHead) -> None:
         super().__init__()
@@ -112,6 +116,7 @@ class Method(nn.Module):
         if head.options.sparse.inner_steps:
             self._inner = [p for p in head.parameters() if p.requires_grad]
             head.requires_grad_(False)
+            self.per_sample = False  # the head is trained on the whole batch before any of it is looked at
 
     @staticmethod
     def views(options: Any) -> ViewNeeds:
@@ -134,27 +139,65 @@ class Method(nn.Module):
         """The method's loss of representations (N, D), and of what `targets` gave."""
         raise NotImplementedError
 
-    def forward(self, views: list[Tensor]) -> Output:
-        """The objective and, in the weight's own precision, SparseHead's penalty on the online head."""
-        features, targets = self.represent(views), self.targets(views)
+    def forward(self, views: list[Tensor], micro_batches: int = 1) -> Output:
+        """The objective and, in the weight's own precision, SparseHead's penalty on the online head.
+
+        `represent` and `targets` take the rows of the views in so many `micro_batches`, the objective takes them all.
+        """
+        features, targets = self._represent_in_parts(views, micro_batches)
         before = {}
         if self._inner and self.training and torch.is_grad_enabled():  # a training step, not a look at the loss
             before["loss_before_inner"] = self._inner_steps([feature.detach() for feature in features], targets)
         result = self.objective(features, targets)
         loss, logs = result.loss, {"loss": result.loss.detach(), **before, **result.logs}
-        with torch.no_grad(), full_precision(views[0]):
-            normalized = nn.functional.normalize(upcast(result.embeddings), dim=1)
-            # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
-            logs["embedding_std"] = normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
-            logs["embedding_rank"] = participation_ratio(upcast(result.embeddings))
-        if self.head.sparse_layers:
-            with full_precision(views[0]):
-                logs |= self.head.sparse.logs(self.head.sparse_layers, self.progress.done, loss)
-                if not self._inner:
-                    loss = self._penalized(loss)
+        logs |= self._watched(loss, result.embeddings)
+        if self.head.sparse_layers and not self._inner:
+            with full_precision(loss):
+                loss = self._penalized(loss)
         if self.gradient_scale != 1:
             loss = self.gradient_scale * loss + (1 - self.gradient_scale) * loss.detach()
         return Output(loss, logs, features[0].detach(), result.embeddings.detach())
+
+    def join(self, outputs: list[Output]) -> Output:
+        """The output of a step from those of its micro-batches, of equal size, where the loss is `per_sample`."""
+        if len(outputs) == 1:
+            return outputs[0]
+        logs = {name: torch.stack([output.logs[name] for output in outputs]).mean(dim=0) for name in outputs[0].logs}
+        features, embeddings = (torch.cat([getattr(o, name) for o in outputs]) for name in ("features", "embeddings"))
+        loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+        return Output(loss, logs | self._watched(logs["loss"], embeddings), features, embeddings)
+
+    def _represent_in_parts(self, views: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """`represent` and `targets` of the views, of whose activations those of one part of the rows are held at a time.
+
+        The backward pass represents a part again when it comes to it: GradCache (Gao et al. 2021, arXiv 2101.06983,
+        section 3.2) as one graph. Batch norm sees a part at a time and counts it once.
+        """
+        if count == 1:
+            return self.represent(views), self.targets(views)
+        features, targets = [], []
+        for part in map(list, zip(*(view.chunk(count) for view in views), strict=True)):
+            # Not reentrant: DistributedDataParallel then sees one backward pass like any other.
+            features.append(checkpoint(self.represent, part, use_reentrant=False, context_fn=self._first_and_again))
+            targets.append(self.targets(part))
+        whole = [[torch.cat(rows) for rows in zip(*parts, strict=True)] for parts in (features, targets)]
+        return whole[0], whole[1]
+
+    def _first_and_again(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """Contexts of a part's first pass and of the repeated one, which no running statistic counts again."""
+        return contextlib.nullcontext(), copied_buffers(self.backbone)
+
+    @torch.no_grad()
+    def _watched(self, loss: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
+        """What is logged of every method, from its loss without the penalty and embeddings (N, K)."""
+        with full_precision(embeddings):
+            normalized = nn.functional.normalize(upcast(embeddings), dim=1)
+            # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
+            logs = {"embedding_std": normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5}
+            logs["embedding_rank"] = participation_ratio(upcast(embeddings))
+            if self.head.sparse_layers:
+                logs |= self.head.sparse.logs(self.head.sparse_layers, self.progress.done, loss)
+        return logs
 
     def _penalized(self, loss: Tensor) -> Tensor:
         sparse = self.head.sparse
@@ -233,6 +276,22 @@ class Method(nn.Module):
     def evaluated_backbone(self) -> nn.Module:
         """What backbone.pth holds."""
         return self.backbone
+
+
+@contextlib.contextmanager
+def copied_buffers(module: nn.Module) -> Iterator[None]:
+    """A context in which `module` changes copies of its buffers, which are then dropped.
+
+    Copies in place of the buffers, not values put back: autograd holds the buffers for its backward pass.
+    """
+    held = [(part, dict(part._buffers)) for part in module.modules() if part._buffers]
+    for part, buffers in held:
+        part._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for part, buffers in held:
+            part._buffers.update(buffers)
 
 
 def participation_ratio(z: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def byol_loss(prediction1: Tensor, prediction2: Tensor, target1: Tensor, target2
 class Method(MomentumMethod):
     """Online network with a predictor against a target network that follows it by moving average."""
 
+    per_sample = True
+
     def objective(self, features: list[Tensor], targets: list[Tensor]) -> Objective:
         embeddings, predictions = self.predict(features)
         with full_precision(features[0]):

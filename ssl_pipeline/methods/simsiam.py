@@ -40,6 +40,8 @@ class Method(methods.Method):
     all embeddings are equal to the last digit.
     """
 
+    per_sample = True
+
     def __init__(self, options: Options, backbone: nn.Module, head_module: ProjectionHead) -> None:
         super().__init__(options, backbone, head_module)
         shape = head.Options(kind="mlp", hidden=options.predictor_hidden, output=head_module.outputs, hidden_bias=False)

@@ -1,0 +1,372 @@
+"""A rank that dies or hangs: named, and the job ended with status 78 instead of waiting for it.
+
+Beside the loop of each rank run two threads. One speaks with the job's store: every second it writes this rank's
+heartbeat, under a key of its own, and nobody reads them while all is well. The other counts how long the loop has not
+beaten, whatever keeps it: a collective that a peer never enters, the data, a file system. Shortly before `timeout` (and
+so before the collectives' own timeout, after which NCCL aborts the process) it writes the stacks of all threads to
+RUN/logs, compares two readings of all heartbeats, and ends the process.
+
+A peer that died makes a living rank's collective raise at once, on gloo: then the loop's exception is the occasion, and
+the heartbeats are the evidence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar
+
+import torch.distributed as dist
+from pydantic import Field
+
+from ssl_pipeline import cluster, config, distributed
+from ssl_pipeline.exits import RankLost, Status, Stop
+from ssl_pipeline.run_folder import RunFolder, saved_steps
+
+T = TypeVar("T")
+
+MOST_RETURNS = 2
+"""Times that a Slurm job is put back after a rank was lost without a new checkpoint in between."""
+
+BEATS = 5
+"""A rank whose heartbeat does not change for this many intervals is silent."""
+
+
+class Options(config.Options):
+    """When a rank counts as lost."""
+
+    timeout: float = Field(600.0, ge=5)
+    """Seconds without a step after which the job ends with status 78; also the timeout of every collective. Longer than
+    the slowest of: the first step, a checkpoint, k-nn while training."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank says of itself."""
+
+    count: int
+    """Grows by one an interval while the process lives."""
+    time: float
+    """Of the rank's own clock, which decides nothing."""
+    host: str
+    step: int | None
+    """Of the last beat; None before the first."""
+    still: float
+    """Seconds since then, without those in which the whole process was stopped."""
+    where: str
+    """The innermost line of ours that the main thread is in."""
+    waits: bool
+    """Whether it is in a collective there, or in a backward pass, which ends in some."""
+    ended: str | None = None
+    """None while it runs, empty after a proper end, else what it ended with."""
+
+
+class Watchdog:
+    """A context around the loop, which calls `beat` once a step.
+
+    Raises RankLost in the place of an exception by which a collective tells that another rank is gone. Ends the process
+    with status 78 where the loop does not beat for `timeout` seconds, or another rank found that one is lost. The first
+    to find it tells and records it for all.
+    """
+
+    def __init__(self, run: RunFolder, world: distributed.World, timeout: float) -> None:
+        self._run, self._world = run, world
+        self._interval = min(1.0, timeout / (4 * BEATS))
+        self._timeout = timeout
+        self._limit = timeout - 2 * BEATS * self._interval  # the rest is for the verdict
+        self._main = threading.get_ident()
+        self._step: int | None = None
+        self._beats = 0
+        self._still = 0.0
+        self._count = 0
+        self._ended: str | None = None
+        self._found = b""
+        self._host_of_main = ""
+        self._file: IO[str] | None = None
+        self._over, self._known = threading.Event(), threading.Event()
+        self._deciding = threading.Lock()
+        self._questions: queue.Queue[tuple[Callable[[dist.Store], Any], queue.Queue[Any]]] = queue.Queue()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
+
+    def beat(self, step: int) -> None:
+        """The loop goes on, in `step`. To be called once a step, and after what takes long and is no step."""
+        self._step = step
+        self._beats += 1
+
+    def __enter__(self) -> Watchdog:
+        self._store = distributed.store()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        lost = self._world.size > 1 and isinstance(error, Exception) and tells_of_a_lost_rank(error)
+        told = ""
+        if lost:
+            told = self._end(error)
+            self._let_others_know()
+        self._ended = "" if error is None or lost or isinstance(error, Stop) else _in_short(error)
+        self._over.set()
+        self._questions.put((lambda store: None, queue.Queue()))  # wakes the thread, whose last heartbeat says the end
+        for thread in self._threads:
+            thread.join(BEATS * self._interval)
+        faulthandler.cancel_dump_traceback_later()
+        if self._file is not None:
+            self._file.close()
+            if not self._stacks.stat().st_size:
+                self._stacks.unlink()
+        if lost:
+            raise RankLost(told) from error
+
+    # ---------------------------------------------------------------------------------------------------- the two threads
+    def _talk(self) -> None:
+        """Writes heartbeats and answers questions, alone with its connection: it may hang where a node is gone."""
+        with contextlib.suppress(dist.DistError, RuntimeError):  # the store is gone, and with it rank 0's node
+            while True:
+                over = self._over.is_set()
+                self._count += 1
+                self._store.set(_key(self._world.rank), json.dumps(asdict(self._heartbeat())))
+                if over:
+                    return
+                if not self._host_of_main and self._store.check([_key(0)]):
+                    self._host_of_main = _read(self._store.get(_key(0))).host
+                if not self._known.is_set() and self._store.check(["verdict"]):
+                    self._found = self._store.get("verdict")
+                    self._known.set()
+                with contextlib.suppress(queue.Empty):
+                    question, answer = self._questions.get(timeout=self._interval)
+                    answer.put(question(self._store))
+
+    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """What the store answers; None where it does not."""
+        answer: queue.Queue[T] = queue.Queue()
+        self._questions.put((question, answer))
+        try:
+            return answer.get(timeout=BEATS * self._interval)
+        except queue.Empty:
+            return None
+
+    def _watch(self) -> None:
+        seen, before = 0, time.monotonic()
+        while not self._over.wait(self._interval):
+            now = time.monotonic()
+            # A process that was stopped (SIGSTOP, a laptop asleep) is not to blame for that time: it did not tick either.
+            self._still += min(now - before, 2 * self._interval)
+            before = now
+            if seen != self._beats:
+                seen, self._still = self._beats, 0.0
+                # Where something holds the GIL this thread does not run and C alone can write the stacks. It must not end
+                # the process too: it cannot tell a process that was stopped. The other ranks find this one silent.
+                faulthandler.dump_traceback_later(self._timeout, file=self._open())
+            if self._known.is_set() or (seen and self._still >= self._limit):
+                if told := self._end(None):
+                    line = f"ssl-pipeline: {told}"
+                    _within(BEATS * self._interval, partial(print, line, file=sys.stderr, flush=True))
+                self._let_others_know()
+                os._exit(Status.RANK_LOST)
+
+    def _heartbeat(self) -> Heartbeat:
+        where, waits = _position(self._main)
+        host = cluster.node_name()
+        return Heartbeat(self._count, time.time(), host, self._step, self._still, where, waits, self._ended)
+
+    # -------------------------------------------------------------------------------------------------------- the verdict
+    def _end(self, error: BaseException | None) -> str:
+        """Stacks written, the lost rank found and recorded: what to say, empty where another rank says it."""
+        if not self._deciding.acquire(blocking=False):
+            threading.Event().wait()  # the other thread is at it, and ends the process
+        _within(BEATS * self._interval, lambda: self._dump(error))
+        teller, ranks, reason, defect = self._verdict()
+        if teller not in (self._world.rank, None):
+            return ""
+        after = "the same command goes on from the last checkpoint"
+        if teller is not None or self._world.rank == 1:
+            saved = (_within(BEATS * self._interval, lambda: saved_steps(self._run.checkpoints)) or [0])[-1]
+            put_back = not defect and _within(BEATS * self._interval, lambda: self._may_come_back(saved))
+            event = {"job": cluster.job_id(), "ranks": ranks, "reason": reason, "saved": saved}
+            # Before the requeue, which ends this process: what is not counted could go on for ever.
+            _within(BEATS * self._interval, lambda: self._run.record("rank_lost", **event))
+            if put_back and _within(60.0, lambda: cluster.requeue(patience=45.0)):
+                after = "the job was requeued"
+        return f"{reason}; stacks of the living ranks in {self._run.logs}; {after}"
+
+    def _verdict(self) -> tuple[int | None, list[int], str, bool]:
+        """(the rank that tells, lost ranks, the sentence, whether an error is behind it). The first verdict is all ranks'.
+
+        Without the store ranks cannot agree on who tells: None, each does.
+        """
+        first = self._ask(self._everyone)
+        if first is not None and not self._known.wait(BEATS * self._interval):
+            last = self._ask(self._everyone)
+            if last is not None:
+                mine = json.dumps([self._world.rank, *diagnose(first, last, self._world.size)])
+                self._found = self._ask(lambda store: store.compare_set("verdict", "", mine)) or self._found
+        if found := self._found:
+            teller, ranks, reason, defect = json.loads(found)
+            return teller, ranks, reason, defect
+        where = f" on {self._host_of_main}" if self._host_of_main else ""
+        return None, [0], f"rank 0{where} is lost, and the job's store with it: {GONE}", False
+
+    def _let_others_know(self) -> None:
+        """Where the store may end with this process, wait until all have read the verdict."""
+        if self._world.rank == 0 and self._world.size > 1:
+            time.sleep(BEATS * self._interval)
+
+    def _may_come_back(self, saved: int) -> bool:
+        """Whether this is a Slurm job that was not lost MOST_RETURNS times before at the same checkpoint."""
+        job = cluster.job_id()
+        events = [event for event in self._run.events() if event["event"] == "rank_lost"]
+        before = [event for event in events if (event["job"], event["saved"]) == (job, saved)]
+        return job is not None and len(before) < MOST_RETURNS
+
+    def _everyone(self, store: dist.Store) -> dict[int, Heartbeat]:
+        keys = {rank: _key(rank) for rank in range(self._world.size)}
+        if not store.check(list(keys.values())):  # a rank that never spoke: to read its key would be to wait for it
+            keys = {rank: key for rank, key in keys.items() if store.check([key])}
+        values = store.multi_get(list(keys.values()))
+        return {rank: _read(value) for rank, value in zip(keys, values, strict=True)}
+
+    # --------------------------------------------------------------------------------------------------------- the stacks
+    @property
+    def _stacks(self) -> Path:
+        return self._run.logs / f"stacks_rank_{self._world.rank:04d}.txt"
+
+    def _open(self) -> IO[str]:
+        if self._file is None:
+            try:
+                self._run.logs.mkdir(parents=True, exist_ok=True)
+                self._file = self._stacks.open("a", encoding="utf-8")
+            except OSError:
+                return sys.stderr
+        return self._file
+
+    def _dump(self, error: BaseException | None) -> None:
+        file = self._open()
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} rank {self._world.rank}, step {self._step}\n")
+        if error is not None:
+            file.writelines(traceback.format_exception(error))
+        file.flush()
+        faulthandler.dump_traceback(file)
+
+
+# ------------------------------------------------------------------------------------------------------------ judgements
+GONE = "its process is dead or stopped, or its node cannot be reached"
+
+_OF_A_PEER = re.compile(r"time(d )?[ -]?out|connection|closed|reset|broken pipe|aborted|remote", re.IGNORECASE)
+
+
+def tells_of_a_lost_rank(error: Exception) -> bool:
+    """Whether a collective raised `error` because of another rank: torch's own classes, or gloo's plain RuntimeError.
+
+    gloo's "enforce fail" (ranks that give buffers of different sizes) is a defect and none of these.
+    """
+    kind = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return kind and _OF_A_PEER.search(str(error)) is not None
+
+
+def diagnose(first: Mapping[int, Heartbeat], last: Mapping[int, Heartbeat], size: int) -> tuple[list[int], str, bool]:
+    """(lost ranks, a sentence, whether one of them ended with an error of its own) from two readings of all heartbeats.
+
+    No clocks of two hosts are compared to decide: silent is whose heartbeat did not change in between. Where all live,
+    lost are those at the lowest step, and among equals those that wait for nobody.
+    """
+    failed = [rank for rank in sorted(last) if last[rank].ended]
+    here = [rank for rank in sorted(last) if last[rank].ended is None]
+    living = [rank for rank in here if rank not in first or last[rank].count != first[rank].count]
+    silent = [rank for rank in range(size) if rank not in living and (rank not in last or rank in here)]
+    told = []
+    if failed:
+        told.append(f"{_named(failed, last)} ended with {last[failed[0]].ended}")
+    if silent:
+        since = max((time.time() - last[rank].time for rank in silent if rank in last), default=None)
+        so_long = "" if since is None else f" for {since:.0f} s"
+        told.append(f"{_named(silent, last)} {_have(silent)} been silent{so_long}{_at(silent, last)}: {GONE}")
+    if told:
+        others = [rank for rank in living if rank not in failed]
+        told += [f"the others wait{_at(others, last)}"] if others else []
+        return [*failed, *silent], "; ".join(told), bool(failed)
+    lowest = min(_step(last[rank]) for rank in living)
+    behind = [rank for rank in living if _step(last[rank]) == lowest]
+    if len(behind) == len(living):
+        behind = [rank for rank in living if not last[rank].waits] or living
+    one = last[behind[0]]
+    sentence = (
+        f"{_named(behind, last)} {_have(behind)} not gone on for {one.still:.0f} s{_at(behind, last)}, in {one.where}"
+    )
+    others = [rank for rank in living if rank not in behind]
+    return behind, f"{sentence}; the others wait{_at(others, last)}" if others else sentence, False
+
+
+def _step(heartbeat: Heartbeat) -> int:
+    return -1 if heartbeat.step is None else heartbeat.step
+
+
+def _named(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
+    numbers = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    hosts = sorted({heartbeats[rank].host for rank in ranks if rank in heartbeats})
+    where = f" on {', '.join(hosts[:8])}{' and others' if len(hosts) > 8 else ''}" if hosts else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{where}"
+
+
+def _have(ranks: Sequence[int]) -> str:
+    return "have" if len(ranks) > 1 else "has"
+
+
+def _at(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat]) -> str:
+    """Where they are, of the foremost of them."""
+    step = max((_step(heartbeats[rank]) for rank in ranks if rank in heartbeats), default=-1)
+    return " before the first step" if step < 0 else f" at step {step}"
+
+
+# -------------------------------------------------------------------------------------------------------- small matters
+def _key(rank: int) -> str:
+    return f"heartbeat/{rank}"
+
+
+def _read(text: bytes) -> Heartbeat:
+    return Heartbeat(**json.loads(text))
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+def _position(thread: int) -> tuple[str, bool]:
+    """(the innermost line of ours that a thread is in, whether it is in a collective there or in a backward pass)."""
+    package, waits = f"{Path(__file__).parent}{os.sep}", False
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(package):
+            file = code.co_filename.removeprefix(package)
+            return f"{file}:{frame.f_lineno} ({code.co_name})", waits or file in ("distributed.py", "preemption.py")
+        waits |= "/torch/distributed/" in code.co_filename or "/torch/autograd/" in code.co_filename
+        frame = frame.f_back
+    return "no line of ours", waits
+
+
+def _within(seconds: float, action: Callable[[], T]) -> T | None:
+    """What `action` returns; None where it takes longer, as on a file system that hangs, or fails: the end must come."""
+    done: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            done.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done[0] if done else None
