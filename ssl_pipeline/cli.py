@@ -593,7 +593,7 @@ def pack_shards(args: argparse.Namespace) -> int:
         kept = f", {len(packed.kept):,} of them kept as they were" if packed.kept else ""
         if packed.empty:
             kept += f", {len(packed.empty):,} empty, which a run replaces, as {packed.empty[0]!r}"
-        shards = f"{packed.shards:,} shard{'s' if packed.shards > 1 else ''}, {packed.size / 1e9:,.2f} GB"
+        shards = f"{packed.shards:,} shard{'s' if packed.shards > 1 else ''}, {_size(packed.size)}"
         print(f"{args.out / split}: {packed.pictures:,} pictures{kept}, {shards}")
     return Status.DONE
 
@@ -609,7 +609,7 @@ def check_data(args: argparse.Namespace) -> int:
         print(f"{printable(name)}: {printable(reason)}")
     for kind, count in sorted(report.noteworthy.items()):
         print(f"noteworthy: {count:,} {kind}, as {printable(report.examples[kind])}")
-    print(f"{args.root}: {report.checked:,} pictures read, {len(report.bad):,} bad")
+    print(f"{report.checked:,} pictures read below {printable(str(args.root))}, {len(report.bad):,} bad")
     return Status.BAD_INPUT if report.bad else Status.DONE
 
 
@@ -622,6 +622,10 @@ def _bytes(option: str, text: str) -> int:
     return round(
         float(number) * (1024 if binary else 1000) ** ("kMGT".index(unit.replace("K", "k")) + 1 if unit else 0)
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _positive(processes: int | None) -> int | None:

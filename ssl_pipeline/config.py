@@ -247,6 +247,8 @@ def _sentence(model: type[Options], error: Any, tree: Tree | None, prefix: str) 
         return message
     given = error["input"]
     shown = "" if isinstance(given, (dict, list, BaseModel)) else f" = {given!r}"
+    if error["type"] == "list_type" and isinstance(given, str):
+        message += f", as {key}=[{given}]"
     return f"`{key}`{shown}{source}: {message[0].lower()}{message[1:]}"
 
 

@@ -297,15 +297,19 @@ class Monitor:
         for view, (mean, std) in zip(views, normalized, strict=True):
             pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
             columns.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
-        cell = max(column.shape[1] for column in columns) + 4
+        largest = max(column.shape[1] for column in columns)
+        cell = largest + 4
         rows = len(columns[0])
         grid = np.full((rows * cell + 4, len(columns) * cell + 4, 3), 255, dtype=np.uint8)
         for x, column in enumerate(columns):
             for y, picture in enumerate(column):
-                top, left = y * cell + 4, x * cell + 4
+                top, left = (
+                    place * cell + 4 + (largest - side) // 2
+                    for place, side in ((y, len(picture)), (x, picture.shape[1]))
+                )
                 grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
         # Small pictures are enlarged by a whole factor, so that their pixels can be seen.
-        factor = max(1, 96 // cell)
+        factor = -(-96 // largest)
         Image.fromarray(grid.repeat(factor, axis=0).repeat(factor, axis=1)).save(path)
         if self._writer is not None:
             self._writer.add_image("views", grid, 0, dataformats="HWC")

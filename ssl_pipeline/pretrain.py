@@ -30,7 +30,7 @@ from ssl_pipeline.checkpoint import Options as CheckpointOptions
 from ssl_pipeline.data.index import Index, pretraining_index
 from ssl_pipeline.data.loader import Loader, require_dali, require_shuffle
 from ssl_pipeline.data.loader import Options as DataOptions
-from ssl_pipeline.evaluation.online import Online, validation_pictures
+from ssl_pipeline.evaluation.online import Online, tell_of_missing_val, validation_pictures
 from ssl_pipeline.evaluation.online import Options as OnlineOptions
 from ssl_pipeline.exits import BadInput, Status, Stop
 from ssl_pipeline.head import Options as HeadOptions
@@ -121,6 +121,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
         digests = {"config": hashlib.sha256(text.encode()).hexdigest()[:12], "data listing": listing}
         preflight(world, run, digests, error)
         assert index is not None  # or preflight had raised
+        tell_of_missing_val(options.data.root, index)
         distributed.together(open_run)
         with checkpoint.Writer(run.checkpoints, options.checkpoint.keep, options.checkpoint.max_failed_saves) as writer:
             return _train(options, index, run, world, writer, watchdog)

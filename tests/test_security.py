@@ -168,7 +168,7 @@ def test_a_shape_that_no_storage_has_is_a_damaged_checkpoint(shape: Any, offset:
     ("change", "said"),
     [
         (lambda s: s["model"].update({"backbone.conv1.weight": torch.zeros(1).expand(10**5, 10**5)}), "is (100000, 100"),
-        (lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)), "momentum_buffer of tensor 0 is (1,), not ("),
+        (lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)), "of tensor 0 is (1,), not ("),
         (lambda s: s["optimizer"]["state"][0].update(momentum_buffer="x"), "does not fit the config's optimizer"),
         (lambda s: s["optimizer"].update(param_groups=[]), "does not fit the config's optimizer"),
         (lambda s: s.update(step="3"), "it is not a checkpoint of this tool"),
@@ -706,7 +706,7 @@ def test_a_picture_of_too_many_pixels_is_left_out_and_a_wide_one_is_not(
     data = Loader(index, [config.validate(ViewSpec, view)], 5, seed=0, world=distributed.start(), threads=1)
     (batch,) = data
     assert [Path(index.paths[sample]).name for sample in data.all_bad()] == ["bomb.png"]
-    assert "bomb.png: no picture: DecompressionBombError" in caplog.text
+    assert "bomb.png: more than 178,956,970 pixels" in caplog.text
     assert "wide.png" in {Path(index.paths[sample]).name for sample in batch.ids}
     data.close()
 

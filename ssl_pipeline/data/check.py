@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ssl_pipeline.data.index import INDEX, SUMS, Index, read_shard_index, read_sums, sha256, shards, tar_members
+from ssl_pipeline.data.index import INDEX, PLAN, SUMS, Index, read_shard_index, read_sums, sha256, shards, tar_members
 from ssl_pipeline.data.listing import EXTENSIONS, FORMATS, list_folder, shown
 from ssl_pipeline.data.parallel import ProgressLine, cores, each
 from ssl_pipeline.exits import BadInput
@@ -120,8 +120,9 @@ def check(root: Path, processes: int | None = None) -> Report:
 
 def _shards(folder: Path, report: Report) -> list[Index]:
     """The pictures in a folder's shards; what is wrong with these themselves goes into the report."""
-    if (folder / INDEX).is_file() and isinstance(reason := read_shard_index(folder), str):
-        report.bad.append((str(folder / INDEX), f"{reason}; pack the folder again, or remove this file"))
+    packed = (folder.parent / PLAN).is_file()  # what does not fit is then told of by `shards`
+    if not packed and (folder / INDEX).is_file() and isinstance(reason := read_shard_index(folder), str):
+        report.bad.append((str(folder / INDEX), f"{reason}; copy or pack the shards again, or remove this file"))
     try:
         return [shards(folder)]
     except BadInput as error:
@@ -175,7 +176,7 @@ def _sum(path: str) -> str:
 def _check(job: _Job) -> _Found:
     import torch
 
-    from ssl_pipeline.data.loader import picture_size, require_dali, undecodable
+    from ssl_pipeline.data.loader import picture_size, refusal, require_dali, undecodable
 
     require_dali()
     _be_quiet()
@@ -187,7 +188,7 @@ def _check(job: _Job) -> _Found:
     def decode() -> None:
         places = list(batch)
         for place in undecodable(list(batch.values()), "cpu", torch.device("cpu")):
-            found.bad.append((places[place], "DALI cannot decode it"))
+            found.bad.append((places[place], refusal(batch[places[place]])))
         batch.clear()
 
     for place in range(len(index)):

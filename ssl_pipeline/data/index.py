@@ -7,10 +7,12 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import os
 import re
 import resource
+import shlex
 import stat
 import tarfile
 from collections import Counter
@@ -47,6 +49,9 @@ SUMS = "SHA256SUMS"
 
 UNFINISHED = ".unfinished"
 """Name of the file that lies beside shards while they are being written."""
+
+PLAN = "plan.json"
+"""Name of the file beside train/ and val/ of shards that `pack-shards` wrote, with how they were cut."""
 
 OPEN_SHARDS = 4096
 """Shards that an index holds open at a time; fewer where the system does not let a process have four times as many files."""
@@ -207,13 +212,19 @@ def pretraining_index(root: Path, unlabelled: Sequence[str] | None = None) -> In
         found = listing(root / folder).pictures if (root / folder).is_dir() else ()
         if not found:
             raise BadInput(
-                f"`data.unlabelled` names {folder!r}, and {str(root / folder)!r} is no folder with pictures: fill it, or "
+                f"`data.unlabelled` names {folder!r}, and {str(root / folder)!r} {_no_pictures(root / folder)}: fill it, or "
                 "give data.unlabelled=null to pretrain on train alone"
             )
         paths += [f"{folder}/{path}" for path in found]
     labels = np.full(len(paths), -1, dtype=np.int64)
     labels[: len(labelled)] = labelled.labels
     return Index(root, tuple(paths), labels, labelled.classes)
+
+
+def _no_pictures(folder: Path) -> str:
+    if folder.is_dir() and _tars(folder):
+        return "holds tar shards, which are read as train alone"
+    return "is no folder with pictures"
 
 
 def _apart(root: Path, unlabelled: Sequence[str]) -> list[str]:
@@ -249,9 +260,13 @@ def image_folder(root: Path, *, option: str = "data.root") -> Index:
 
 
 def _no_folder(root: Path, option: str) -> BadInput:
+    if root.name == "val" and (root.parent / "test").is_dir():
+        return BadInput(
+            f"no folder {str(root)!r}, and {str(root.parent / 'test')!r} is there: name it val, or lay a link"
+        )
     return BadInput(
         f"no folder {str(root)!r}: point {option} at a data set laid out as train/<class>/<picture> and "
-        "val/<class>/<picture>, or make one with `ssl-pipeline prepare-data NAME OUT`"
+        "val/<class>/<picture> (train/<picture> where nothing is labelled), or make one with `ssl-pipeline prepare-data NAME OUT`"
     )
 
 
@@ -339,7 +354,10 @@ def _shards(root: Path, there: tuple[tuple[str, int, int, int], ...], indexed: i
         found = read_shard_index(root)
         if isinstance(found, Index):
             return found
+        _require_foreign(root, found)
         log.warning("%s is not used, and the shards are read themselves: %s", root / INDEX, found)
+    else:
+        _require_foreign(root, f"{INDEX} is missing")
     real = os.path.realpath(root)
     kept = cache_file("shards", real)
     key = np.frombuffer(
@@ -355,6 +373,39 @@ def _shards(root: Path, there: tuple[tuple[str, int, int, int], ...], indexed: i
     newest = max(max(times) for _, _, *times in there)
     keep(kept, {**_arrays(index, sizes), "key": key}, len(index), newest)
     return index
+
+
+def _require_foreign(root: Path, reason: str) -> None:
+    """Raises BadInput where `pack-shards` wrote these shards, so that what does not fit its index is missing or damaged."""
+    try:
+        plan = json.loads((root.parent / PLAN).read_text(encoding="utf-8"))
+        bounds = [int(bound) for bound in plan["bounds"][root.name]]
+        pieces = {shard_name(number): end - start for number, (start, end) in enumerate(itertools.pairwise(bounds))}
+        command = pack_command(plan, root.parent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    there = {path.name for path in _tars(root)}
+    if missing := [name for name in pieces if name not in there]:
+        lost = sum(pieces[name] for name in missing)
+        shards = "1 shard is" if len(missing) == 1 else f"{len(missing)} shards are"
+        reason = f"{shards} missing, as {missing[0]}, with {lost:,} of {bounds[-1]:,} pictures"
+    raise BadInput(
+        f"the shards in {str(root)!r} are not what `pack-shards` wrote: {reason}; copy them again, or pack again, which writes "
+        f"what is not there alone: `{command}`"
+    )
+
+
+def shard_name(number: int) -> str:
+    """What `pack-shards` calls a shard."""
+    return f"{number:06d}.tar"
+
+
+def pack_command(plan: Mapping[str, Any], out: Path) -> str:
+    """The command that `out` was begun with, by its PLAN. Raises KeyError, TypeError where that is damaged."""
+    words = ["ssl-pipeline", "pack-shards", str(plan["source"]), str(out), "--shard-size", str(plan["shard-size"])]
+    for option in ("short-side", "quality"):
+        words += [f"--{option}", str(plan[option])] if plan[option] is not None else []
+    return shlex.join(words)
 
 
 def read_shard_index(root: Path, saved: Mapping[str, np.ndarray] | None = None) -> Index | str:

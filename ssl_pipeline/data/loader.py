@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import shlex
 import threading
 import time
 from collections import deque
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
@@ -130,13 +131,48 @@ class _Outage(Exception):
 
 
 def picture_size(data: np.ndarray) -> tuple[int, int]:
-    """(height, width) from the header of an encoded picture. Raises ValueError saying why it is none."""
+    """(height, width) from the header of an encoded picture. Raises ValueError saying why DALI must not be given it.
+
+    A PNG must have its last chunk: nvImageCodec looks for it before it decodes (src/parsers/png.cpp), and where a file is
+    refused that early DALI's decoder leaves the batch while its threads still work on it
+    (dali/operators/imgcodec/image_decoder.h:SetupImpl), which may end the process. What is damaged behind the header of
+    another format is refused when no thread works any more.
+    """
+    encoded = data.tobytes()
+    if not encoded:
+        raise ValueError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+            width, height = picture.size
+            kind = picture.format
+    except Image.DecompressionBombError:
+        raise ValueError("more than 178,956,970 pixels") from None
+    except UnidentifiedImageError:
+        raise ValueError("no picture") from None
+    except Exception:  # PIL raises many types on damaged headers; all mean the same here
+        raise ValueError("its header is damaged or cut") from None
+    if kind == "PNG" and not _has_its_end(encoded):
+        raise ValueError("truncated")
+    return height, width
+
+
+def _has_its_end(png: bytes) -> bool:
+    place = 8
+    while place + 8 <= len(png):
+        if png[place + 4 : place + 8] == b"IEND":
+            return True
+        place += 12 + int.from_bytes(png[place : place + 4], "big")
+    return False
+
+
+def refusal(data: np.ndarray) -> str:
+    """In words, why DALI does not decode a picture that has a size: PIL's opinion of it."""
     try:
         with Image.open(io.BytesIO(data.tobytes()), formats=FORMATS) as picture:
-            width, height = picture.size
-    except Exception as error:  # PIL raises many types on damaged headers; all mean the same here
-        raise ValueError(f"no picture: {type(error).__name__}" if len(data) else "the file is empty") from None
-    return height, width
+            picture.load()
+    except Exception as error:  # many types
+        return "truncated" if "truncated" in str(error) else "damaged"
+    return "DALI cannot decode it"
 
 
 def _threads(options_threads: int | None, world: World) -> int:
@@ -664,9 +700,11 @@ class Loader:
         """
         bad = len(self.all_bad())
         if bad > most * len(self.index):
+            root = shlex.quote(str(self.index.root))
             raise BadInput(
                 f"{bad} of {len(self.index)} pictures in {str(self.index.root)!r} are unreadable, more than "
-                f"data.max_bad_fraction = {most}; mend them or raise data.max_bad_fraction; {self.bad_summary()}"
+                f"data.max_bad_fraction = {most}; mend them (`ssl-pipeline check-data {root}` finds all) "
+                f"or raise data.max_bad_fraction; {self.bad_summary()}"
             )
 
     def bad_summary(self, most: int = 20) -> str:
@@ -684,7 +722,7 @@ class Loader:
         if not found:
             raise error
         for place in found:
-            self._mark_bad(int(suspects[place][0]), "DALI cannot decode it")
+            self._mark_bad(int(suspects[place][0]), refusal(suspects[place][1]))
         self._discard()
         self._next = (self.epoch, self.consumed // self.batch_size)
         self._pipeline = self._build()
@@ -699,6 +737,11 @@ def undecodable(pictures: Sequence[np.ndarray], decode: Decode, device: torch.de
 
     One in n costs about 2 log2 n small pipelines and two decodings of all; each in a pipeline of its own would cost n.
     """
+    # No more at a time than the decoder looks at in one thread: with others at work a refusal may end the process.
+    most = 4 * (threads + 1)
+    if len(pictures) > most:
+        pieces = range(0, len(pictures), most)
+        return [s + place for s in pieces for place in undecodable(pictures[s : s + most], decode, device, threads)]
     if not pictures or decodes(pictures, decode, device, threads):
         return []
     if len(pictures) == 1:

@@ -28,13 +28,16 @@ from PIL import Image, UnidentifiedImageError
 
 from ssl_pipeline.data.index import (
     INDEX,
+    PLAN,
     SUMS,
     UNFINISHED,
     Index,
+    pack_command,
     read_index,
     read_shard_index,
     read_sums,
     sha256,
+    shard_name,
     sum_line,
     tar_members,
     write_shard_index,
@@ -44,9 +47,6 @@ from ssl_pipeline.data.parallel import ProgressLine, cores, each
 from ssl_pipeline.exits import BadInput, StorageFailure
 
 log = logging.getLogger("ssl_pipeline")
-
-PLAN = "plan.json"
-"""Name of the file in OUT that says how its shards were cut."""
 
 SPLITS = ("train", "val")
 SMALLEST = 100_000
@@ -154,7 +154,9 @@ def pack(
         path.name for path in source.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in SPLITS
     )
     if others:
-        log.info("not packed: %s; shards are made of train and val", ", ".join(others))
+        log.info(
+            "not packed: %s; shards are made of train and val, and data.unlabelled is not for them", ", ".join(others)
+        )
     indexes = {}
     for split in splits:
         indexes[split] = read_index(source / split)
@@ -236,6 +238,7 @@ def _plan(
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             bounds = {split: [int(bound) for bound in plan["bounds"][split]] for split in plan["listing"]}
+            again = pack_command(plan, out)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{str(path)!r} is damaged: remove {str(out)!r} and begin anew") from None
         for key, value in asked.items():
@@ -246,8 +249,8 @@ def _plan(
                 )
             if plan.get(key) != value:
                 raise BadInput(
-                    f"{str(out)!r} was begun with {key} = {plan.get(key)}, and this asks for {value}: give the same, or name "
-                    "another folder"
+                    f"{str(out)!r} was begun with {key} = {plan.get(key)}, and this asks for {value}: give the same, "
+                    f"`{again}`, or name another folder"
                 )
         return bounds
     bounds = {split: _cut(index, states(split)[:, 0], shard_size, encoding) for split, index in indexes.items()}
@@ -347,7 +350,7 @@ def _write_shards(
 ) -> None:
     """Write the shards that are not there, SUMS and the index; what could not be encoded again goes into `kept`."""
     starts = list(itertools.pairwise(bounds))
-    names = tuple(_shard_name(number) for number in range(len(starts)))
+    names = tuple(shard_name(number) for number in range(len(starts)))
     sources = [hashlib.sha256(states[start:end].tobytes()).hexdigest() for start, end in starts]
     sums = read_sums(folder)
     sums = {
@@ -401,10 +404,6 @@ def _write_shards(
         path.unlink()
     _write(folder / SUMS, "".join(sum_line(name, *sums[name]) for name in names))
     write_shard_index(Index(folder, index.paths, index.labels, index.classes, spans, names), sizes)
-
-
-def _shard_name(number: int) -> str:
-    return f"{number:06d}.tar"
 
 
 def _finished(folder: Path, index: Index, bounds: list[int]) -> Index | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import logging
 import lzma
 import os
 import re
@@ -22,6 +23,8 @@ from PIL import Image
 
 from ssl_pipeline.data.index import EXTENSIONS, class_names, image_folder
 from ssl_pipeline.exits import BadInput
+
+log = logging.getLogger("ssl_pipeline")
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}
 """Names of splits in a source, and what they are called here."""
@@ -98,14 +101,19 @@ def prepare(name: str, out: Path, sources: Sequence[Path] = (), classes: Path | 
                 raise BadInput(f"the source names a class or picture {path!r}, which would not lie below {str(out)!r}")
             _write(picture, working / split / path)
             written[split] += 1
-        for split in ("train", "val"):
-            if not (working / split).is_dir():
-                raise BadInput(
-                    f"the source holds no {split} pictures; it needs train/<class>/ and val/<class>/ (or test/)"
-                )
-        if class_names(working / "train") != class_names(working / "val"):
+        splits = [split for split in ("train", "val") if (working / split).is_dir()]
+        if "train" not in splits or (name != "folder" and "val" not in splits):
+            lacking = "val" if "train" in splits else "train"
+            raise BadInput(
+                f"the source holds no {lacking} pictures; it needs train/<class>/ and val/<class>/ (or test/)"
+            )
+        if "val" not in splits:
+            log.warning(
+                "the source holds no val pictures (val/<class>/ or test/<class>/): evaluations need --data FOLDER"
+            )
+        elif class_names(working / "train") != class_names(working / "val"):
             raise BadInput("the source's train and val hold different classes; a classifier needs the same in both")
-        counts = {split: len(image_folder(working / split)) for split in ("train", "val")}
+        counts = {split: len(image_folder(working / split)) for split in splits}
         counts |= {split: count for split, count in written.items() if split not in counts}
         os.replace(working, out)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,

@@ -8,6 +8,7 @@ for bit.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,13 @@ def validation_pictures(options: Options, data: DataOptions) -> Index | None:
     except BadInput as error:
         log.warning("no k-nn while training: %s", error)
         return None
+
+
+def tell_of_missing_val(root: Path, index: Index) -> None:
+    """Say at the start of a run on labelled pictures that no evaluation of it will find its own."""
+    if index.classes and not (root / "val").is_dir():
+        test = f", and {str(root / 'test')!r} is there: name it val, or lay a link" if (root / "test").is_dir() else ""
+        log.info("no folder %r%s; without it evaluations need --data FOLDER", str(root / "val"), test)
 
 
 def _some(index: Index, count: int, seed: int) -> Index:

@@ -3,9 +3,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +226,7 @@ def test_what_only_dali_cannot_decode_is_found(photos: Path, tmp_path: Path) -> 
     assert not loader.decodes([np.frombuffer(bytes(damaged), dtype=np.uint8)], "cpu", torch.device("cpu"))
     data = make(tmp_path, batch=4)
     rows = seen(data, epochs=2)
-    assert data.bad == {3: "DALI cannot decode it"}
+    assert data.bad == {3: "damaged"}
     assert len(rows) == 16
     assert 3 not in {i for _, i, _ in rows}
 
@@ -436,6 +439,47 @@ def test_bisection_finds_all_and_nothing_else() -> None:
     pictures = [np.frombuffer(broken if place in (0, 7, 8, 12) else whole, dtype=np.uint8) for place in range(13)]
     assert loader.undecodable(pictures, "cpu", torch.device("cpu")) == [0, 7, 8, 12]
     assert loader.undecodable(pictures[1:7], "cpu", torch.device("cpu")) == []
+
+
+def test_pngs_that_were_cut_end_no_process(tmp_path: Path) -> None:
+    """DALI leaves a batch with one while its threads still work on it: a crash that depends on who is faster."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    cut = set(rng.choice(128, 6, replace=False).tolist())
+    for number in range(128):
+        pixels = rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)
+        path = tmp_path / "train" / "a" / f"{number:03d}.png"
+        Image.fromarray(pixels).save(path, "PNG" if number in cut else "JPEG")
+        if number in cut:
+            data = path.read_bytes()
+            path.write_bytes(data[: int(rng.uniform(0.1, 0.9) * len(data))])
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; from tests.data_plane.jobs import loads; loads(sys.argv[1])",
+        str(tmp_path),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["loader"] == [{str(number): "truncated" for number in sorted(cut)}] * 2
+    assert found["bisected"] == [sorted(cut)] * 2
+
+
+def test_a_png_needs_its_end_and_nothing_behind_it() -> None:
+    made = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 150, 3), dtype=np.uint8)).save(made, "PNG")
+    png = made.getvalue()
+    assert png.count(b"IDAT") > 1
+
+    def size(data: bytes) -> tuple[int, int]:
+        return loader.picture_size(np.frombuffer(data, dtype=np.uint8))
+
+    assert size(png) == size(png + bytes(1000)) == (150, 150)
+    for end in (len(png) - 12, len(png) - 9, 40_000, 60):
+        with pytest.raises(ValueError, match="truncated"):
+            size(png[:end])
+    assert not loader.decodes([np.frombuffer(png[:-12], dtype=np.uint8)], "cpu", torch.device("cpu"))
 
 
 def test_where_the_halves_are_placed() -> None:

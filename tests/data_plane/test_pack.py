@@ -77,6 +77,7 @@ def test_the_tars_alone_have_the_same_order_and_labels(
     pack(named, tmp_path / "out", shard_size=100_000, processes=1)
     folder, out = read_index(named / "train"), tmp_path / "out" / "train"
     (out / "index.npz").unlink()
+    (tmp_path / "out" / "plan.json").unlink()
     alone = shards(out)
     assert "is not used" not in caplog.text
     assert alone.labels.tolist() == folder.labels.tolist()
@@ -93,8 +94,10 @@ def test_the_tars_alone_have_the_same_order_and_labels(
 def test_an_index_that_does_not_fit_is_told_of_and_not_used(
     what: str, named: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And beside the plan of `pack-shards` it is refused, with the command that mends it."""
     pack(named, tmp_path / "out", shard_size=100_000, processes=1)
     out = tmp_path / "out" / "train"
+    in_first = sum(read_index(out).spans[:, 0] == 0)
     files = sorted(out.glob("*.tar"))
     if what == "damaged":
         data = bytearray((out / "index.npz").read_bytes())
@@ -115,11 +118,36 @@ def test_an_index_that_does_not_fit_is_told_of_and_not_used(
         "damaged": "it is damaged", "missing shard": "000000.tar is missing", "further shard": "x.tar is not in it",
         "other size": "000000.tar has another size", "outside": "it points outside the shards", "version": "of version 2",
     }  # fmt: skip
+    with pytest.raises(BadInput) as refused:
+        shards(out)
+    told = str(refused.value)
+    again = f"`ssl-pipeline pack-shards {named} {tmp_path / 'out'} --shard-size 100000`"
+    assert again in told
+    lost = f"1 shard is missing, as 000000.tar, with {in_first} of 8 pictures"
+    reason = lost if what == "missing shard" else words[what]
+    assert reason in told
+    (tmp_path / "out" / "plan.json").rename(tmp_path / "plan.json")
     found = shards(out)
     assert "index.npz is not used, and the shards are read themselves" in caplog.text
     assert words[what] in caplog.text
     assert found.paths[0].startswith("00000")
     assert all(path.split("/")[0].endswith(".tar") for path in found.paths)
+
+
+def test_a_packed_folder_that_was_half_copied_is_refused_until_it_is_packed_again(named: Path, tmp_path: Path) -> None:
+    pack(named, tmp_path / "out", shard_size=100_000, processes=1)
+    whole = read_index(tmp_path / "out" / "train")
+    (tmp_path / "out" / "train" / "index.npz").unlink()
+    with pytest.raises(
+        BadInput, match=r"not what `pack-shards` wrote: index.npz is missing; copy them again, or pack again"
+    ):
+        read_index(tmp_path / "out" / "train")
+    for path in sorted((tmp_path / "out" / "train").glob("*.tar"))[1:]:
+        path.unlink()
+    with pytest.raises(BadInput, match=r"\d shards are missing, as 000001.tar, with \d of 8 pictures"):
+        read_index(tmp_path / "out" / "train")
+    pack(named, tmp_path / "out", shard_size=100_000, processes=1)
+    assert same(whole, read_index(tmp_path / "out" / "train"))
 
 
 VIEWS = config.validate(PretrainConfig, config.load("imagenet/byol").values).data.views
@@ -628,6 +656,7 @@ def test_pictures_without_labels(photos: Path, tmp_path: Path) -> None:
     assert same(read_index(tmp_path / "flat" / "train"), found)
     assert (found.paths, found.labels.tolist(), found.classes) == (("a.x.jpg", "b.jpg", "more/c.jpg"), [-1] * 3, ())
     (tmp_path / "out" / "train" / "index.npz").unlink()
+    (tmp_path / "out" / "plan.json").unlink()
     assert shards(tmp_path / "out" / "train").labels.tolist() == [-1] * 3
 
 

@@ -50,6 +50,12 @@ def test_from_tars_and_folders(tmp_path: Path) -> None:
     assert prepare("folder", tmp_path / "again", [tmp_path / "out"]) == {"train": 2, "val": 2}
 
 
+def test_a_folder_without_val_is_made_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tar(tmp_path / "a.tar", ["train/cat/1.jpg", "train/dog/2.jpg"])
+    assert prepare("folder", tmp_path / "out", [source]) == {"train": 2}
+    assert "no val pictures (val/<class>/ or test/<class>/): evaluations need --data FOLDER" in caplog.text
+
+
 def test_a_hostile_tar_writes_nothing_outside(tmp_path: Path) -> None:
     names = ["train/a/1.jpg", "val/a/1.jpg", "../../train/../evil.jpg", "/train/../x.jpg", "train/../../up.jpg"]
     prepare("folder", tmp_path / "deep" / "out", [tar(tmp_path / "evil.tar", names)])
@@ -63,7 +69,7 @@ def test_a_hostile_tar_writes_nothing_outside(tmp_path: Path) -> None:
         ("cifar11", [], "choose among digits, cifar10"),
         ("folder", [], "needs --source"),
         ("folder", ["gone.tar"], "does not exist"),
-        ("folder", ["train_only.tar"], "holds no val pictures"),
+        ("folder", ["other_val.tar"], "holds no train pictures"),
         ("folder", ["train_only.tar", "other_val.tar"], "different classes"),
         ("folder", ["cut.tar"], "cannot make"),
         ("stl10", [], "`stl10` needs --source: stl10_binary.tar.gz"),

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from ssl_pipeline import checkpoint, distributed, pretrain
 from ssl_pipeline.data.index import pretraining_index, read_index
 from ssl_pipeline.evaluation import features, knn, online
-from ssl_pipeline.exits import Status
+from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.preemption import Preemption
 from ssl_pipeline.run_folder import checkpoint_file, read_lines
@@ -31,6 +31,27 @@ def rows(run: Path) -> list[dict]:
 
 def without_online(found: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("online")} for row in found if "loss" in row]
+
+
+def test_a_missing_val_is_told_of_at_the_start_and_test_is_offered(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train").symlink_to(few_digits / "train")
+    chosen = options(tmp_path / "d", "epochs=1", "max_steps=1")
+    for there in ("train", "test", "val"):
+        if there == "test":
+            (tmp_path / "d" / "test").mkdir()
+        if there == "val":
+            (tmp_path / "d" / "val").symlink_to(few_digits / "val")
+        caplog.clear()
+        assert pretrain.pretrain(chosen, tmp_path / there) == Status.DONE
+        assert ("without it evaluations need --data FOLDER" in caplog.text) == (there != "val")
+        assert ("is there: name it val, or lay a link" in caplog.text) == (there == "test")
+    (tmp_path / "d" / "val").unlink()
+    with pytest.raises(BadInput, match=r"no folder .*/d/val', and .*/d/test' is there: name it val, or lay a link"):
+        features.pictures_of(tmp_path / "d", "val")
 
 
 @pytest.mark.parametrize("method", ["simclr", "byol"])
