@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ssl_pipeline import config
+from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import NonFinite
 from ssl_pipeline.sparse_head import LEAST_WEIGHT, MOST_WEIGHT
 
@@ -152,7 +152,8 @@ class Alarms:
             side = "above" if rule.sign > 0 else "below"
             cause = rule.cause.format(collapse=COLLAPSE.get(self.method, "try a lower optim.learning_rate"))
             seen = f"{rule.key} is {value:.4g}, {side} {threshold:.4g} since step {since}: {cause}"
-            log.warning("%s", seen)
+            if distributed.rank() == 0:
+                log.warning("%s", seen)
             stop = stop or seen
         return NonFinite(f"{stop}; stopped by alarms.stop") if stop and self.options.stop else None
 

@@ -29,6 +29,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -197,9 +198,10 @@ class Writer:
 
 
 def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` as the checkpoint of its step and remove all but the newest `keep`. Raises StorageFailure.
+    """Write `state` as the checkpoint of its step and remove all but the newest `keep` up to it. Raises StorageFailure.
 
-    While steps are being skipped none is removed: a good one may be needed.
+    Files of later steps do not count: they are damaged ones. While steps are being skipped none is removed, because a good
+    one may be needed.
     """
     target = checkpoint_file(folder, state["step"])
     partial = folder / f".{target.name}.partial"
@@ -216,8 +218,9 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
             partial.unlink(missing_ok=True)
         raise StorageFailure.of(f"checkpoint {target}", error) from None
     try:
+        there = [step for step in saved_steps(folder) if step <= state["step"]]
         # Steps are being skipped: what is older may be the last good one.
-        for old in [] if state.get("monitor", {}).get("in_a_row") else saved_steps(folder)[:-keep]:
+        for old in [] if state.get("monitor", {}).get("in_a_row") else there[:-keep]:
             checkpoint_file(folder, old).unlink(missing_ok=True)
     except OSError as error:
         log.warning("checkpoints before the newest %d stay: %s", keep, error)
@@ -225,10 +228,27 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints of steps after `step`."""
-    for newer in saved_steps(folder):
-        if newer > step:
-            checkpoint_file(folder, newer).unlink(missing_ok=True)
+    """Remove the checkpoints of steps after `step`. Raises StorageFailure."""
+    try:
+        for newer in saved_steps(folder):
+            if newer > step:
+                checkpoint_file(folder, newer).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageFailure.of(f"to {folder}", error) from None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, from which a run goes on because these are damaged.
+
+    They would be taken for the newest once more, and for ones that need no earlier one. Raises StorageFailure.
+    """
+    try:
+        for newer in saved_steps(folder):
+            if newer > step:
+                file = checkpoint_file(folder, newer)
+                os.replace(file, file.with_name(f"{file.name}.damaged"))
+    except OSError as error:
+        raise StorageFailure.of(f"to {folder}", error) from None
 
 
 def _flush_folder(folder: Path) -> None:
@@ -243,7 +263,10 @@ def _flush_folder(folder: Path) -> None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The state in one file, tensors on the host. Raises ValueError, with the reason, for a damaged or foreign file."""
+    """The state in one file, tensors on the host. Raises ValueError, with the reason, for a damaged or foreign file.
+
+    Raises StorageFailure where the storage does not give it: that says nothing of the file.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(part.file_size for part in archive.infolist()) > file.stat().st_size:
@@ -258,6 +281,12 @@ def read(file: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except ValueError:
         raise
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a place outside the file, which its directory named
+            raise ValueError(f"it cannot be read: {error}") from None
+        raise StorageFailure(
+            f"cannot read checkpoint {file}: {error.strerror}; the same command goes on once it can"
+        ) from None
     except Exception as error:
         raise ValueError(
             f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -316,6 +345,10 @@ def read_together(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambd
 
     def read_too() -> dict[str, Any] | None:
         file = checkpoint_file(folder, step)
+        for _ in () if main else range(10):  # a shared folder shows a new file late
+            if file.exists():
+                break
+            time.sleep(1)
         try:
             return state if main else read(file)
         except ValueError as error:

@@ -896,9 +896,10 @@ def leave(status: int) -> NoReturn:
     """End this process with a status.
 
     A stopped job ends at once: all is saved, and a library that fails while the interpreter is taken apart must not
-    take the status that brings the job back into the queue. One that lost a rank too: a library might wait for that.
+    take the status that brings the job back into the queue. One that lost a rank or its storage too: a library might wait
+    for the other ranks, which learn of it by this end.
     """
-    if status in (Status.STOPPED, Status.RANK_LOST):
+    if status in (Status.STOPPED, Status.RANK_LOST, Status.STORAGE, Status.NON_FINITE):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline import config, distributed
-from ssl_pipeline.run_folder import duration, read_lines
+from ssl_pipeline.exits import StorageFailure
+from ssl_pipeline.run_folder import duration
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -107,9 +107,12 @@ class Monitor:
     def _open(self, step: int) -> None:
         if self.world.is_main:
             metrics, tensorboard = self._files
-            _drop_after(metrics, step)
             self._unwritten = b""
-            self._metrics = metrics.open("ab", buffering=0)
+            try:
+                _drop_after(metrics, step)
+                self._metrics = metrics.open("ab", buffering=0)
+            except OSError as error:
+                raise StorageFailure.of(str(metrics), error) from None
             if self.options.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -324,8 +327,15 @@ class Monitor:
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """Remove the rows of steps that will be done again."""
-    rows = [row for row in read_lines(metrics) if row["step"] <= step]
-    partial = metrics.with_name(f".{metrics.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, metrics)
+    """Cut off the rows of steps that will be done again: in place, which needs no room and cannot lose the others."""
+    if not metrics.exists():
+        return
+    kept = end = 0
+    with metrics.open("r+b") as file:
+        for line in file:
+            end += len(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
+                if json.loads(line)["step"] > step:
+                    break
+                kept = end if line.endswith(b"\n") else kept
+        file.truncate(kept)

@@ -7,6 +7,7 @@ in a handler but to note the signal: a second one during the save changes nothin
 from __future__ import annotations
 
 import signal
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,7 +68,7 @@ class Preemption:
     and a signal that comes late must not take its exit status.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
         import numpy as np
         import torch
         import torch.distributed as dist
@@ -75,7 +76,7 @@ class Preemption:
         self._dist = dist
         self._stopped = False
         self._old: dict[signal.Signals, Any] = {}
-        self._group: Any = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._sum = np.zeros(1, dtype=np.int64)  # read through numpy: no tensor operation, no wait for a device
         self._tensor = torch.from_numpy(self._sum)
         self._pending: dist.Work | None = None

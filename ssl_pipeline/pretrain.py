@@ -178,8 +178,13 @@ def _train(
     state = checkpoint.read_together(run.checkpoints)
     step = state["step"] if state else 0
     distributed.together(lambda: data.require_same_pictures(state.get("loader", {})) if state else None)
-    # Only now: nothing of a config that was refused shall stay.
-    distributed.together(lambda: run.describe(options.model_dump(mode="json")) if world.is_main else None)
+
+    def take_up() -> None:
+        if world.is_main:  # only now: nothing of a config that was refused shall stay
+            run.describe(options.model_dump(mode="json"))
+            checkpoint.set_aside(run.checkpoints, step)
+
+    distributed.together(take_up)
     if world.is_main:
         run.record(
             "start",
@@ -264,7 +269,7 @@ def _train(
 
     method.train()
     watch.tick(step)
-    with Preemption() as preemption:
+    with Preemption(timedelta(seconds=options.distributed.timeout)) as preemption:
         while step < end:
             for batch in watch.timed(data):
                 watchdog.beat(step)
@@ -305,7 +310,9 @@ def _train(
                     if watch.in_a_row >= options.recovery.max_skipped:  # on all ranks: they share the gradients' norm
                         writer.wait()
                         step = _roll_back(options, run, step, watch, method, optimizer, scaler, data, online, world)
-                        save(final=True)  # at once: a kill must not forget it
+                        save(final=False)
+                        writer.wait()  # at once: a kill must not forget it
+                        watchdog.beat(step)
                         break  # out of the epoch's old order
                     if alarm := alarms.look(step, data.epoch, values):
                         save(final=True)
@@ -475,7 +482,7 @@ def _roll_back(
     distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
     data.rekey(rollbacks)
     online.load(state.get("online", {}))
-    watch.rewind(there, state["monitor"])
+    distributed.together(lambda: watch.rewind(there, state["monitor"]))
     distributed.together(lambda: checkpoint.remove_after(run.checkpoints, there) if world.is_main else None)
     if world.is_main:
         run.record("rollback", step=step, to=there, rollbacks=rollbacks, skipped=in_a_row)

@@ -145,7 +145,13 @@ class RunFolder:
         partial = self.path / ".config.yaml.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            partial.write_text(config.dump_yaml(values), encoding="utf-8")
+            text = config.dump_yaml(values)
+            if self.config.is_file() and self.config.read_text(encoding="utf-8") == text:
+                return
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # after a power cut there is the old one or the new one
             os.replace(partial, self.config)
         except OSError as error:
             raise StorageFailure(f"cannot write {self.config}: {error}; free room or name another --output") from None

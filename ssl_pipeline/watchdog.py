@@ -33,7 +33,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from ssl_pipeline import cluster, config, distributed
-from ssl_pipeline.exits import RankLost, Status, Stop
+from ssl_pipeline.exits import RankLost, Status
 from ssl_pipeline.run_folder import RunFolder, saved_steps
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Options(config.Options):
 
     timeout: float = Field(600.0, ge=5)
     """Seconds without a step after which the job ends with status 78; also the timeout of every collective. Longer than
-    the slowest of: the first step, a checkpoint, k-nn while training."""
+    the slowest of: the first step, a checkpoint, k-nn while training, the 240 s for which the pictures' storage is waited."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Watchdog:
         if lost:
             told = self._end(error)
             self._let_others_know()
-        self._ended = "" if error is None or lost or isinstance(error, Stop) else _in_short(error)
+        # A rank that stops because another one does has nothing to say of itself.
+        self._ended = "" if error is None or lost or not str(error) else _in_short(error)
         self._over.set()
         self._questions.put((lambda store: None, queue.Queue()))  # wakes the thread, whose last heartbeat says the end
         for thread in self._threads:

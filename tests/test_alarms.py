@@ -52,6 +52,13 @@ def test_what_holds_is_told_with_its_cause(
     assert "\n" not in str(stop)
 
 
+def test_one_rank_says_it_for_all(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarms.distributed, "rank", lambda: 1)
+    (stop,) = look(Alarms(Options(stop=True, patience=1), "simclr", adaptive=False), 1, start=30, gradient_norm=1e9)
+    assert stop is not None
+    assert caplog.text == ""
+
+
 def test_every_rule_has_a_case() -> None:
     assert {row[1] for row in SICK} == {rule.key for rule in RULES}
     assert alarms.COLLAPSE.keys() == set(METHODS)

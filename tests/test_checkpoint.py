@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -417,3 +418,28 @@ def test_ranks_read_the_same_file_and_stop_together(tmp_path: Path) -> None:
     assert "rank 1 on" in main["unread"]
     assert "can be read by rank 0 and not here: it is damaged" in other["unread"]
     assert saved_steps(tmp_path) == [1]
+
+
+def test_a_damaged_file_that_is_newer_costs_no_good_one(tmp_path: Path) -> None:
+    for step in (4, 8):
+        checkpoint.write(tmp_path, {"step": step}, keep=2)
+    newest = checkpoint_file(tmp_path, 8)
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert checkpoint.read_newest(tmp_path)["step"] == 4
+    checkpoint.write(tmp_path, {"step": 6}, keep=1)
+    assert saved_steps(tmp_path) == [6, 8]
+    checkpoint.set_aside(tmp_path, 6)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000006.pt", "step_00000008.pt.damaged"]
+
+
+def test_a_storage_that_does_not_give_a_file_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(tmp_path, {"step": 4}, keep=1)
+
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.zipfile.ZipFile, "testzip", refused)
+    with pytest.raises(
+        StorageFailure, match=r"cannot read checkpoint .*step_00000004.pt: Input/output error; the same com"
+    ):
+        checkpoint.read_newest(tmp_path)

@@ -226,3 +226,14 @@ def test_the_rank_that_waits_is_the_one_that_counts(tmp_path: Path) -> None:
     assert [line.partition("waiting for data ")[2].partition("  ")[0] for line in printed.splitlines()] == [
         "30 % on rank 1", "30 % on rank 1", "0 %"
     ]  # fmt: skip
+
+
+def test_rows_of_steps_to_be_done_again_are_cut_off_in_place(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"ste')
+    node = metrics.stat().st_ino
+    monitor._drop_after(metrics, 3)
+    assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+    monitor._drop_after(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
+    assert metrics.stat().st_ino == node

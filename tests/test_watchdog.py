@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ssl_pipeline import cluster, config, distributed
 from ssl_pipeline.cli import leave
-from ssl_pipeline.exits import Status, Stop
+from ssl_pipeline.exits import Status, Stop, StorageFailure
 from ssl_pipeline.run_folder import RunFolder, saved_steps
 from ssl_pipeline.watchdog import MOST_RETURNS, Heartbeat, Watchdog, _position, diagnose, tells_of_a_lost_rank
 
@@ -349,3 +349,12 @@ def test_where_a_thread_is_and_whether_it_waits_for_others() -> None:
             release.clear()
         assert re.fullmatch(where, found)
         assert waits == found.startswith("distributed.py")
+
+
+@pytest.mark.parametrize(("said", "ended"), [("no room", "StorageFailure: no room"), ("", "")])
+def test_a_stop_of_one_rank_alone_is_its_own(tmp_path: Path, said: str, ended: str) -> None:
+    """The others would else find all ranks alive and blame one of themselves."""
+    watchdog = Watchdog(RunFolder(tmp_path), distributed.start(), 5)
+    with pytest.raises(StorageFailure), watchdog:
+        raise StorageFailure(said)
+    assert watchdog._ended == ended

@@ -271,6 +271,8 @@ def _fit(
     losses = torch.zeros(len(module.classifiers.each), device=device)  # of the newest step
 
     state = checkpoint.read_together(run.checkpoints)
+    begun = state["step"] if state else 0
+    distributed.together(lambda: checkpoint.set_aside(run.checkpoints, begun) if distributed.rank() == 0 else None)
     if state:
         trained.load_state_dict(state["model"])
         optim.load(optimizer, state["optimizer"])
