@@ -298,49 +298,51 @@ def read(file: Path) -> dict[str, Any]:
     return state
 
 
-def is_good(state: dict[str, Any]) -> bool:
-    """Whether a run whose loss is no longer finite may go back to this state.
+def worth_going_back_to(state: dict[str, Any]) -> int:
+    """2 for a state to which a run whose loss is no longer finite may go back, 1 where there is nothing better, 0 never.
 
-    Not if steps were being skipped when it was written, nor if the run went back to it before and came no further.
+    1: it went back to this one before and came no further. 0: steps were being skipped when it was written.
     """
+    if state["monitor"].get("in_a_row", 0):
+        return 0
     loader = state["loader"]
     keys = loader.get("rekeyed", [])
-    again = bool(keys) and list(keys[-1][:2]) == [loader["epoch"], loader["consumed"]]
-    return not again and not state["monitor"].get("in_a_row", 0)
+    return 1 if keys and list(keys[-1][:2]) == [loader["epoch"], loader["consumed"]] else 2
 
 
-def read_newest(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any] | None:
-    """The newest `wanted` state, or the newest of all where none is; None where there is no checkpoint at all.
+def read_newest(folder: Path, worth: Callable[[dict[str, Any]], int] = lambda _: 2) -> dict[str, Any] | None:
+    """The newest state of `worth` 2, else the newest of worth 1; None where there is none of them.
 
     A damaged one is named and the next older one taken. Raises BadInput where every one is damaged.
     """
-    reasons, unwanted = [], []
+    reasons: list[str] = []
+    second: dict[str, Any] | None = None
+    others = False
     for step in reversed(saved_steps(folder)):
         file = checkpoint_file(folder, step)
         try:
             state = read(file)
-            if wanted(state):
+            if worth(state) == 2:
                 return state
-            unwanted.append(file)
+            others = True
+            second = second or (state if worth(state) else None)
         except ValueError as error:
             log.warning("checkpoint %s is not used: %s", file, error)
             reasons.append(f"{file.name}: {error}")
-    if unwanted:
-        return read(unwanted[0])
-    if reasons:
+    if reasons and not others:
         raise BadInput(
             f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0"
         )
-    return None
+    return second
 
 
-def read_together(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any] | None:
+def read_together(folder: Path, worth: Callable[[dict[str, Any]], int] = lambda _: 2) -> dict[str, Any] | None:
     """`read_newest`, and the same file on all ranks, which must call it: a node may list a shared folder late.
 
     Raises BadInput also where another rank cannot read what the main one read.
     """
     main = distributed.rank() == 0
-    state = distributed.together(lambda: read_newest(folder, wanted) if main else None)
+    state = distributed.together(lambda: read_newest(folder, worth) if main else None)
     step = distributed.gather_json(state["step"] if state else None)[0]
 
     def read_too() -> dict[str, Any] | None:

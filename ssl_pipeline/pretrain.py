@@ -476,7 +476,7 @@ def _roll_back(
     if rollbacks > options.recovery.max_rollbacks:
         stop = recovery.gave_up(options.recovery, run, step, in_a_row, options.precision)
         raise _failed(stop, watch, run, world, step)
-    found = checkpoint.read_together(run.checkpoints, checkpoint.is_good)
+    found = checkpoint.read_together(run.checkpoints, checkpoint.worth_going_back_to)
     state = found or _first_state(options, world.device)
     there: int = state["step"]
     distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))

@@ -18,7 +18,7 @@ from ssl_pipeline import config
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import NonFinite
 from ssl_pipeline.monitor import Skipped
-from ssl_pipeline.run_folder import RunFolder, read_lines
+from ssl_pipeline.run_folder import RunFolder, read_lines, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -85,10 +85,12 @@ def gave_up(options: Options, run: RunFolder, step: int, in_a_row: int, precisio
     if logged:
         row = logged[-1]
         last = f"the last finite ones, logged at step {row['step']}, are {row['loss']:g} and {row['gradient_norm']:g}"
+    before = [saved for saved in saved_steps(run.checkpoints) if saved <= step - in_a_row]
+    kept = f"the checkpoint of step {before[-1]} is the last from before" if before else "no checkpoint is from before"
     times = f"{options.max_rollbacks} rollback{'' if options.max_rollbacks == 1 else 's'}"
     other = " or precision=bf16" if precision == "fp16" else " or precision=fp32" if precision == "bf16" else ""
     return NonFinite(
         f"loss or gradient norm was not finite for {in_a_row} steps in a row from step {step - in_a_row + 1}, after {times}; "
-        f"{last}; the batches' pictures are listed in {run.nonfinite} and the last good checkpoint stays: look at the pictures "
+        f"{last}; the batches' pictures are listed in {run.nonfinite}; {kept}: look at the pictures "
         f"if the same ones come back there, else try a lower optim.learning_rate{other} with another --output"
     )
