@@ -633,6 +633,9 @@ def test_an_index_that_points_elsewhere_is_not_used(changed: dict[str, Any], sha
     values |= {key: np.asarray(value) for key, value in changed.items()}
     np.savez(shards / "index.npz", **values)
     assert isinstance(indexes.read_shard_index(shards), str)
+    with pytest.raises(BadInput, match="are not what `pack-shards`"):
+        indexes.read_index(shards)
+    (shards.parent / "plan.json").unlink()  # shards of others
     found = indexes.read_index(shards)  # by the tars themselves
     assert [found.read(sample).tobytes() for sample in range(2)] == [png()] * 2
 
