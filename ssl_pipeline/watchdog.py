@@ -170,8 +170,10 @@ class Watchdog:
             if seen != self._beats:
                 seen, self._still = self._beats, 0.0
                 # Where something holds the GIL this thread does not run and C alone can write the stacks. It must not end
-                # the process too: it cannot tell a process that was stopped. The other ranks find this one silent.
-                faulthandler.dump_traceback_later(self._timeout, file=self._open())
+                # the process too: it cannot tell a process that was stopped. The other ranks find this one silent. Not of
+                # a rank alone: woken after a stop it would be dumped while it runs, which may crash it, and should go on.
+                if self._world.size > 1:
+                    faulthandler.dump_traceback_later(self._timeout, file=self._open())
             if self._known.is_set() or (seen and self._still >= self._limit):
                 if told := self._end(None):
                     line = f"ssl-pipeline: {told}"
