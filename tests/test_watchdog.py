@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -324,7 +325,8 @@ def test_a_slurm_job_comes_back_unless_it_was_lost_too_often_at_the_same_checkpo
 
 def test_a_run_that_ends_properly_leaves_no_stacks_and_no_thread(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    with Watchdog(run, distributed.start(), 5) as watchdog:
+    of_two = replace(distributed.start(), size=2)  # one alone opens no file
+    with Watchdog(run, of_two, 5) as watchdog:
         watchdog.beat(0)
         while not list(run.logs.glob("*")):
             time.sleep(0.05)
