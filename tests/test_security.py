@@ -241,7 +241,7 @@ def test_arguments_of_a_backbone_load_nothing(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/tmp/evil", "timm/hf-hub:evil/model"])
+@pytest.mark.parametrize("name", ["hf-hub:evil/model", "local-dir:/evil", "timm/hf-hub:evil/model"])
 def test_no_name_of_a_backbone_is_an_address(name: str, call: Callable, words: list[str], tmp_path: Path) -> None:
     status, _, told = call("config", *words, f"backbone.name={name}")
     assert (status, "is no timm model" in told) == (Status.BAD_INPUT, True), told
