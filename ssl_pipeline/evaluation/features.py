@@ -1,14 +1,17 @@
-"""Features of a frozen backbone: a run's, any file of weights, a named one, or one at random initialisation."""
+"""Features of a frozen backbone: a run's, any file of weights, a named one, or one at random initialisation.
+
+And the embeddings that a run's trained head makes of them.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +19,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline import backbone as backbones
-from ssl_pipeline import config, distributed
+from ssl_pipeline import checkpoint, config, distributed
 from ssl_pipeline.data import loader
 from ssl_pipeline.data.augment import CenterCrop, CropResize, Flip, ViewSpec
 from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.head import Options as HeadOptions
+from ssl_pipeline.head import ProjectionHead
 from ssl_pipeline.run_folder import RunFolder
 
 log = logging.getLogger("ssl_pipeline")
@@ -95,6 +100,50 @@ def network(options: Options) -> nn.Module:
             torch.manual_seed(options.seed)
             return backbones.build(options.backbone).eval()
     return backbones.load(options.weights, options.backbone).eval()
+
+
+class Trained(NamedTuple):
+    """What a run has trained, on the host, in evaluation mode."""
+
+    backbone: nn.Module
+    head: ProjectionHead
+    step: int
+    """Steps done."""
+
+
+def trained(run: RunFolder) -> Trained:
+    """The backbone and the projection head of a run's newest good checkpoint.
+
+    The backbone is the one that backbone.pth holds. For SSL-HSIC that is the moving average of the online one; of its
+    head there is no average, so the online head is taken, as for every method: the one that is trained and that SparseHead
+    acts on. All ranks must call it. Raises BadInput where there is no checkpoint, or it does not fit the run's config.
+    """
+    values = distributed.together(run.read_config)
+    state = checkpoint.read_together(run.checkpoints)
+    if state is None:
+        raise BadInput(
+            f"{str(run.path)!r} has no checkpoint, and backbone.pth holds no head: its representation alone can be measured, "
+            f"by giving {str(run.backbone)!r}"
+        )
+    shape = config.validate(backbones.Options, values.get("backbone", {}), prefix="backbone.")
+    head_shape = config.validate(HeadOptions, values.get("head", {}), prefix="head.")
+    network = backbones.build(shape)
+    head = ProjectionHead(head_shape, backbones.width(network))
+    model = state["model"]
+    evaluated = "average." if any(name.startswith("average.") for name in model) else "backbone."
+    try:
+        network.load_state_dict(_below(model, evaluated))
+        head.layers.load_state_dict(_below(model, "head.layers."))
+    except RuntimeError as error:
+        raise BadInput(
+            f"the checkpoint of step {state['step']} in {run.checkpoints} does not fit {run.config}: "
+            f"{' '.join(str(error).split())[:300]}; was one of them replaced?"
+        ) from None
+    return Trained(network.eval(), head.eval(), state["step"])
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def crop_and_flip(view: ViewSpec) -> ViewSpec:
@@ -177,11 +226,45 @@ def extract(options: Options, split: str) -> Features:
     return features_of(model, index, options, world)
 
 
-@torch.no_grad()
 def features_of(model: nn.Module, index: Index, options: Options, world: distributed.World) -> Features:
     """This rank's features of the readable pictures of `index`, by a model in evaluation mode on the rank's device.
 
     Raises BadInput, on all ranks alike, where too many cannot be read.
+    """
+    count = len(range(world.rank, len(index), world.size))
+    width = backbones.width(model)
+    values = distributed.together(lambda: room(count, width, options.memory))
+    labels = torch.empty(count, dtype=torch.int64)
+    ids = torch.empty(count, dtype=torch.int64)
+    filled = 0
+    for part in stream(model, None, index, options, world):
+        rows = slice(filled, filled + len(part.ids))
+        values[rows], labels[rows], ids[rows] = part.r.cpu(), part.labels, part.ids
+        filled += len(part.ids)
+    return Features(values[:filled], labels[:filled], ids[:filled], len(index.classes))
+
+
+class Part(NamedTuple):
+    """Some n of the pictures of this rank."""
+
+    r: Tensor
+    """Representations (n, D), float32, on the rank's device."""
+    z: Tensor | None
+    """Embeddings (n, K), float32, on the rank's device; None without a head."""
+    labels: Tensor
+    """(n,) int64, on the host; -1: none."""
+    ids: Tensor
+    """(n,) int64, on the host: places in the index."""
+
+
+@torch.no_grad()
+def stream(
+    backbone: nn.Module, head: nn.Module | None, index: Index, options: Options, world: distributed.World
+) -> Iterator[Part]:
+    """The readable pictures of `index` that are this rank's, r, r + W, ... in this order, some at a time.
+
+    Backbone and head are in evaluation mode on the rank's device; pictures are not augmented. All ranks must go through
+    to the end. There it raises BadInput, on all ranks alike, where too many cannot be read.
     """
     data = Loader(
         index,
@@ -193,28 +276,22 @@ def features_of(model: nn.Module, index: Index, options: Options, world: distrib
         readers=options.readers,
         training=False,
     )
-    count = len(range(world.rank, len(index), world.size))
-    width = backbones.width(model)
-    values = distributed.together(lambda: _room(count, width, options.memory))
-    labels = torch.empty(count, dtype=torch.int64)
-    ids = torch.empty(count, dtype=torch.int64)
-    filled = 0
     for step, batch in enumerate(data):
         wanted = data.ids(0, step)
         itself = torch.from_numpy(batch.ids == wanted)  # false where another stands in for an unreadable one
-        found = model(batch.views[0].contiguous(memory_format=torch.channels_last)).float().cpu()[itself]
-        rows = slice(filled, filled + len(found))
-        values[rows], labels[rows], ids[rows] = found, batch.labels.cpu()[itself], torch.from_numpy(wanted)[itself]
-        filled += len(found)
+        r = backbone(batch.views[0].contiguous(memory_format=torch.channels_last)).float()[itself.to(world.device)]
+        yield Part(
+            r, head(r).float() if head is not None else None, batch.labels.cpu()[itself],
+            torch.from_numpy(wanted)[itself],
+        )  # fmt: skip
     data.close()
     data.require_readable(options.max_bad_fraction)
     bad = len(data.all_bad())
     if bad and world.is_main:
         log.warning("%s is measured without %d of %d pictures", index.root, bad, len(index))
-    return Features(values[:filled], labels[:filled], ids[:filled], len(index.classes))
 
 
-def _room(rows: int, columns: int, gigabytes: float) -> Tensor:
+def room(rows: int, columns: int, gigabytes: float) -> Tensor:
     """An empty (rows, columns) float32 tensor in memory, or in a temporary file where that would be more."""
     if rows * columns * 4 <= gigabytes * 1e9:
         return torch.empty(rows, columns)

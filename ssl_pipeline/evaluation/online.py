@@ -1,13 +1,17 @@
-"""How good the backbone is while it is trained: a linear probe on detached features, and now and then k-nn.
+"""How good the backbone is while it is trained: a linear probe on detached features, and now and then k-nn and measures
+of collapse.
 
-Neither touches the run: features are detached, the probe has an optimizer of its own, k-nn runs the backbone in evaluation
-mode and leaves its buffers as they were, and nothing draws from torch's generator. A run with them equals one without, bit
-for bit.
+None touches the run: features are detached, the probe has an optimizer of its own, k-nn and measures run the backbone in
+evaluation mode and leave its buffers as they were, and nothing draws from torch's generator. A run with them equals one
+without, bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,18 @@ from torch import Tensor, nn
 
 from ssl_pipeline import backbone as backbones
 from ssl_pipeline import config, distributed, optim
-from ssl_pipeline.data.index import Index
+from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.data.loader import Options as DataOptions
 from ssl_pipeline.data.randomness import Purpose, generator
-from ssl_pipeline.evaluation import features, knn
+from ssl_pipeline.evaluation import features, knn, measures
 from ssl_pipeline.exits import BadInput
+from ssl_pipeline.head import ProjectionHead
 
 log = logging.getLogger("ssl_pipeline")
 
 
 class Options(config.Options):
-    """What to measure along the way, on labelled pictures; nothing where these have fewer than two classes."""
+    """What to measure along the way. Accuracies only where labelled pictures have two classes or more."""
 
     linear: bool = True
     """A linear classifier on the first view's features: online_top1, online_top5 and online_loss of each logged step."""
@@ -41,10 +46,14 @@ class Options(config.Options):
     """Training pictures searched, the same ones always."""
     knn_val: int = Field(5_000, gt=0)
     """Validation pictures classified, the same ones always."""
+    measures_every_epochs: int | None = Field(None, gt=0)
+    """Epochs between measures of collapse (`measures.measure`: heldout_representation_*, heldout_embedding_*); None: none."""
+    measures_pictures: int = Field(1024, gt=1)
+    """Pictures in val/ that are measured, the same ones always, unaugmented; they need no labels."""
 
 
 class Online(nn.Module):
-    """The classifier, and what k-nn looks at.
+    """The classifier, and what k-nn and measures look at.
 
     Args:
         options: what to measure.
@@ -52,7 +61,7 @@ class Online(nn.Module):
         width: of the features.
         architecture: the backbone's options.
         index: the training pictures.
-        val: the validation pictures, as `validation_pictures` finds them.
+        val: the validation pictures of k-nn, and those of the measures, as `validation_pictures` finds them.
         seed: key of the classifier's weights and of the subsets.
         world: this process's place.
     """
@@ -64,7 +73,7 @@ class Online(nn.Module):
         width: int,
         architecture: backbones.Options,
         index: Index,
-        val: Index | None,
+        val: tuple[Index | None, Index | None],
         seed: int,
         world: distributed.World,
     ) -> None:
@@ -75,11 +84,12 @@ class Online(nn.Module):
         self.partly = len(labelled) < len(index)
         self.index = index.select(labelled) if self.partly else index
         self.on = options.linear and classes > 1
-        self.every = options.knn_every_epochs if classes > 1 and val is not None else None
+        self._val, self._held_out = val
+        self._knn_every = options.knn_every_epochs if classes > 1 and self._val is not None else None
+        self._measures_every = options.measures_every_epochs if self._held_out is not None else None
         if classes < 2 and (options.linear or options.knn_every_epochs):
             what = f"{classes} class" if classes else "no labels"
-            log.info("nothing is evaluated while training: the pictures in %s have %s", index.root, what)
-        self._val = val
+            log.info("no accuracy is measured while training: the pictures in %s have %s", index.root, what)
         self._source = features.Options(
             weights=None, backbone=architecture, root=data.root, view=data.evaluation_view,
             max_bad_fraction=1.0, threads=data.threads, readers=data.readers,
@@ -115,41 +125,66 @@ class Online(nn.Module):
         }
 
     def due(self, epoch: int) -> bool:
-        """Whether k-nn is to be measured after `epoch` epochs."""
-        return self.every is not None and epoch % self.every == 0
+        """Whether anything is to be measured after `epoch` epochs."""
+        return any(every and epoch % every == 0 for every in (self._knn_every, self._measures_every))
 
-    def neighbours(self, backbone: nn.Module) -> dict[str, float]:
-        """5-nn top-1 and top-5, in percent, on the fixed subsets. All ranks must call it."""
+    def look(self, epoch: int, backbone: nn.Module, head: ProjectionHead) -> dict[str, float]:
+        """What is due after `epoch` epochs, on fixed pictures. All ranks must call it.
+
+        Nothing of a backbone whose features are not finite: a diverged run ends by its own rule, not by this one's.
+        """
+        found: dict[str, float] = {}
+        with _evaluating(backbone, head):
+            if self._knn_every and epoch % self._knn_every == 0:
+                found |= self._neighbours(backbone)
+            if self._measures_every and epoch % self._measures_every == 0:
+                found |= self._measures(backbone, head)
+        return found
+
+    def _neighbours(self, backbone: nn.Module) -> dict[str, float]:
+        """5-nn top-1 and top-5, in percent."""
         assert self._val is not None
-        modes = [(module, module.training) for module in backbone.modules()]
-        backbone.eval()
-        try:
-            train, test = (
-                features.features_of(backbone, _some(index, count, self.seed), self._source, self.world)
-                for index, count in (
-                    (self.index, self.options.knn_train),
-                    (self._val, self.options.knn_val),
-                )
+        train, test = (
+            features.features_of(backbone, _some(index, count, self.seed), self._source, self.world)
+            for index, count in (
+                (self.index, self.options.knn_train),
+                (self._val, self.options.knn_val),
             )
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        finite = (train.values.isfinite().all() & test.values.isfinite().all()).float()
-        if distributed.mean_over_ranks(finite) < 1:
-            return {}  # a diverged run ends by its own rule, not by this one's
+        )
+        if not _finite(train.values, test.values):
+            return {}
         found = knn.evaluate(train, test, min(5, self.options.knn_train), [])
         return {f"online_{name}": value for name, value in found.items()}
+
+    def _measures(self, backbone: nn.Module, head: ProjectionHead) -> dict[str, float]:
+        """Measures of collapse; the ranks share the forward passes, and the main one, who writes them, does the rest."""
+        assert self._held_out is not None
+        start = time.monotonic()
+        some = _some(self._held_out, self.options.measures_pictures, self.seed)
+        both = features.features_of(_Both(backbone, head), some, self._source, self.world).gathered()
+        if not _finite(both.values) or not self.world.is_main:
+            return {}
+        width = backbones.width(backbone)
+        z = both.values.to(self.world.device)
+        found = measures.measure(z[:, :width], z[:, width:])
+        log.info("measured %d held-out pictures in %.1f s", len(z), time.monotonic() - start)
+        return {f"heldout_{name}": value for name, value in found.items()}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {"model": self.state_dict(), "optimizer": self.optimizer.state_dict()} if self.on else {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; from the start where it has none, as after the probe was switched on."""
+        """Go on from `state`; from the start where it has none, as after the probe was switched on.
+
+        Raises ValueError, KeyError and the like where it does not fit.
+        """
         if not self.on:
             return
         if state:
             self.load_state_dict(state["model"])
+            if difference := optim.misfit(self.optimizer, state["optimizer"]):
+                raise ValueError(difference)  # optim.load would say that it is the run's optimizer
             optim.load(self.optimizer, state["optimizer"])
             return
         with torch.random.fork_rng(devices=[]):
@@ -159,15 +194,52 @@ class Online(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), self.options.learning_rate, fused=True)
 
 
-def validation_pictures(options: Options, data: DataOptions) -> Index | None:
-    """What k-nn classifies; None, with a warning, where it cannot: no pretraining ends for it."""
-    if options.knn_every_epochs is None:
-        return None
+class _Both(nn.Module):
+    """Representations and embeddings of pictures side by side, (N, D + K)."""
+
+    def __init__(self, backbone: nn.Module, head: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.num_features = backbones.width(backbone) + head.outputs
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        representations = self.backbone(pictures)
+        return torch.cat([representations, self.head(representations)], dim=1)
+
+
+@contextlib.contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """A context in which modules are in evaluation mode, each part of them being as it was afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
     try:
-        return features.pictures_of(data.root, "val")
-    except BadInput as error:
-        log.warning("no k-nn while training: %s", error)
-        return None
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _finite(*values: Tensor) -> bool:
+    """Whether the values of all ranks are."""
+    here = all(bool(v.isfinite().all()) for v in values)
+    return bool(distributed.mean_over_ranks(torch.tensor(float(here))) == 1)
+
+
+def validation_pictures(options: Options, data: DataOptions) -> tuple[Index | None, Index | None]:
+    """What k-nn classifies, and what is measured; None, with a word, where it cannot be: no pretraining ends for it."""
+    labelled = held_out = None
+    if options.knn_every_epochs is not None:
+        try:
+            labelled = features.pictures_of(data.root, "val")
+        except BadInput as error:
+            log.warning("no k-nn while training: %s", error)
+    if options.measures_every_epochs is not None:
+        try:
+            held_out = read_index(data.root / "val")
+        except BadInput as error:
+            log.warning("no measures while training: %s", error)
+    return labelled, held_out
 
 
 def tell_of_missing_val(root: Path, index: Index) -> None:

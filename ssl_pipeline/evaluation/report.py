@@ -1,28 +1,36 @@
 """report.html and report.md: our numbers beside the paper's, for a person to look at, and to mail.
 
-report.html is one file that loads nothing. It is made of parts, each a function from groups of runs to html, or to "" where
-there is nothing to show: another part is one more function in PARTS.
+report.html is one file that loads nothing, and forbids the browser to. It is made of parts, each a function from groups of
+runs to html, or to "" where there is nothing to show: another part is one more function in PARTS.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ssl_pipeline import __version__
-from ssl_pipeline.evaluation import tables
+from ssl_pipeline.evaluation import pictures, tables
+from ssl_pipeline.evaluation.compare import differing, environment, shown
+from ssl_pipeline.evaluation.pictures import DARK, LIGHT
 from ssl_pipeline.evaluation.tables import Entry, Group, label
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.run_folder import RunFolder, duration
 
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -45,27 +53,6 @@ LAST_STEP = (
 )
 """Keys of metrics.jsonl that are shown of the last logged step."""
 
-LIGHT = {
-    "paper": "#ffffff",
-    "ink": "#1c1e21",
-    "faint": "#5c6168",
-    "rule": "#d9dbde",
-    "tint": "#f5f6f7",
-    "link": "#0b57a4",
-}
-DARK = {
-    "paper": "#17191c",
-    "ink": "#e4e5e7",
-    "faint": "#a0a5ac",
-    "rule": "#3b3f45",
-    "tint": "#202327",
-    "link": "#8ab8ec",
-}
-LINES_LIGHT = ("#1c1e21", "#0b62b0", "#c2500a", "#0a7f5c", "#8d4a94", "#8a7400")
-LINES_DARK = ("#e4e5e7", "#6db1f2", "#f0935a", "#4cc3a0", "#cf95d6", "#d8c250")
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
-"""As many as make, with the colours, 42 kinds of line; the first ones differ in gray too."""
-
 STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -82,6 +69,11 @@ small, caption, figcaption, footer, nav, .remarks { color: var(--faint); font-si
 nav { margin-top: .75rem; } nav a { margin-right: 1.5rem; white-space: nowrap; }
 code { font: .9em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 td code { user-select: all; } td code span { white-space: nowrap; }
+.lead { font-size: 1.125rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.25rem 0 0; }
+.tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+.tiles dt { color: var(--faint); font-size: .875rem; }
+.tiles dd { margin: 0; font-size: 1.75rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .grids { display: flex; flex-wrap: wrap; gap: 1.75rem 4rem; align-items: flex-start; margin: .75rem 0 0; }
 .grid { max-width: 100%; margin-left: -.5rem; } .grid + .grids { margin-top: 1.75rem; }
 .scroll { overflow-x: auto; }
@@ -102,27 +94,38 @@ td.words { min-width: 8.5rem; } td.words code { white-space: nowrap; }
 td.lines { min-width: 17rem; font-size: .875rem; color: var(--faint); }
 tr.ours > * { background: var(--tint); } tr.ours th { font-weight: 600; }
 th br { display: none; }
-th small { display: block; width: 0; min-width: 100%; white-space: normal; overflow-wrap: anywhere; }
-.remarks { width: 0; min-width: 100%; margin: .4rem 0 0; padding: 0 .5rem; }
+th small { display: block; width: 0; min-width: max(100%, 11rem); white-space: normal; overflow-wrap: anywhere; }
+.remarks { width: 0; min-width: max(100%, min(18rem, 100vw - 3rem)); margin: .4rem 0 0; padding: 0 .5rem; }
 details { margin: .25rem 0; } details .grid { margin: .5rem 0 1.5rem -.5rem; }
 summary { cursor: pointer; padding: .35rem 0; } summary small { margin-left: .5rem; }
 figure { margin: 0; } figcaption { margin-top: .5rem; max-width: 44rem; }
 img { display: block; height: auto; }
 .curve img { width: 46rem; max-width: 100%; min-width: 30rem; }
+.drawn { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 2rem 2.5rem; }
+.drawn figure { max-width: 46rem; min-width: 0; } .drawn img { width: 100%; } .drawn .scroll img { min-width: 30rem; }
+.drawn + .grid, p + .drawn { margin-top: 1rem; }
 .views { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; margin-top: 1rem; }
 .views figure { max-width: 100%; } .views img { max-width: 100%; max-height: 34rem; }
 .views figcaption { max-width: 16rem; }
 footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--rule); }
 @media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; } h2 { margin-top: 2.5rem; }
   th, td { padding: .32rem .5rem; } .first { padding-left: 1rem; }
-  table:has(.over) tbody th { max-width: 8rem; white-space: normal; }
+  table:has(.over) tbody th { max-width: 8rem; white-space: normal; } table:has(.over) th small { min-width: 100%; }
   td.lines { min-width: 14rem; } }
-@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } }
+@media print { :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: .8125rem; }
+  .scroll { overflow: visible; } nav { display: none; }
+  h2, h3, summary, caption { break-after: avoid; } figure, tr, .tiles, .remarks { break-inside: avoid; }
+  .curve img, .drawn .scroll img { min-width: 0; } tbody th, caption span { position: static; }
+  details::details-content { content-visibility: visible; height: auto; } }
 """
 
 
 def write(
-    runs: Sequence[RunFolder], folder: Path | None = None, title: str | None = None, note: str | None = None
+    runs: Sequence[RunFolder],
+    folder: Path | None = None,
+    title: str | None = None,
+    note: str | None = None,
+    complete: tables.Complete = dict,
 ) -> list[Path]:
     """Write report.html and report.md: of one run into it, of several into `folder` (default: the current one).
 
@@ -130,7 +133,7 @@ def write(
     """
     alone = len({run.path.resolve() for run in runs}) == 1
     folder = folder or (runs[0].path if alone else Path())
-    texts = {"report.html": page(runs, title, note), "report.md": markdown(runs, title, note)}
+    texts = {"report.html": page(runs, title, note, complete), "report.md": markdown(runs, title, note, complete)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -146,9 +149,11 @@ def write(
     return [folder / name for name in texts]
 
 
-def page(runs: Sequence[RunFolder], title: str | None = None, note: str | None = None) -> str:
+def page(
+    runs: Sequence[RunFolder], title: str | None = None, note: str | None = None, complete: tables.Complete = dict
+) -> str:
     """The whole of report.html. Raises BadInput where a folder is no run or matplotlib is missing."""
-    found = tables.groups(runs)
+    found = tables.groups(runs, complete)
     title = title or _title(found)
     parts = [(key, heading, text) for key, heading, part in PARTS if (text := part(found))]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in parts)
@@ -156,22 +161,34 @@ def page(runs: Sequence[RunFolder], title: str | None = None, note: str | None =
     body += [f'<nav aria-label="Parts of this report">{links}</nav></header><main>']
     body += [f'<section id="{key}"><h2>{heading}</h2>{text}</section>' for key, heading, text in parts]
     body.append(f"</main><footer>{_escaped(_made_by())}</footer>")
+    style = f"{_colours()}{STYLE}"
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    allowed = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_escaped(title)}</title><style>{_colours()}{STYLE}</style></head>\n"
+        f"<title>{_escaped(title)}</title><style>{style}</style></head>\n"
         f"<body>{''.join(body)}</body></html>\n"
     )
 
 
-def markdown(runs: Sequence[RunFolder], title: str | None = None, note: str | None = None) -> str:
+def markdown(
+    runs: Sequence[RunFolder], title: str | None = None, note: str | None = None, complete: tables.Complete = dict
+) -> str:
     """The whole of report.md: report.html without its pictures. Raises BadInput where a folder is no run."""
-    found = tables.groups(runs)
+    found = tables.groups(runs, complete)
     names, every = _names(found), tables.tables(found)
-    lines = [f"# {_plain(title or _title(found))}", *map(_plain, _notes(found, note)), "## Runs"]
+    lines = [f"# {_plain(title or _title(found))}", *map(_plain, _notes(found, note))]
+    lines += ["## Summary", _summary_grid(found).markdown(), "## Results"]
     for group in found:
-        lines += [f"### {_plain(group.title)}", *(grid.markdown() for grid in _of_group(group, names))]
+        lines += [f"### {_plain(group.title)}", *(grid.markdown() for grid in _of_group(group))]
+    for heading, grids in (("Measures", _measures_grids(found)), ("Spectra", _spectra_grids(found))):
+        lines += [f"## {heading}", *(grid.markdown() for grid in grids)] if grids else []
+    lines += ["## Config", *map(_plain, _config_notes(found)), *(grid.markdown() for grid in _config_grids(found))]
+    around = _environment_grid(found)
+    lines += ["## Environment", around.markdown()] if around.rows else []
     lines += [f"## {TABLES}", *map(_plain, _of_the_paper(found, every))]
     for table in every:
         heading, text = f"Table {table.number}: {table.title}", _paper_grid(table, names).markdown()
@@ -370,34 +387,31 @@ def _plain_cell(cell: Cell) -> str:
     return "<br>".join(" ".join(map(shown, line)) for line in _lines(cell))
 
 
-# ------------------------------------------------------------------------------------------------------- what a run did
-def _of_group(group: Group, names: Mapping[Path, str]) -> Iterator[Grid]:
-    """Facts, results and the last logged step of a group's runs."""
-    several = len(group.entries) > 1
-    facts = [_facts(entry) for entry in group.entries]
-    unknown = [key for key in facts[0] if all(of[key] == NONE for of in facts)]
-    facts = [{key: value for key, value in of.items() if key not in unknown} for of in facts]
-    runs = [names[entry.run.path] for entry in group.entries]
-    if several:
-        rows: list[list[Cell]] = [[name, *values.values()] for name, values in zip(runs, facts, strict=True)]
-        yield Grid(f"{_value(group.epochs)} epochs; the runs differ in their seed", ["run", *facts[0]], rows)
-    else:
-        alone = {"method": group.method, "data set": group.data or NONE, "epochs": _value(group.epochs), **facts[0]}
-        yield Grid(f"Run {runs[0]}", ["", ""], [[name, value] for name, value in alone.items()])
-
-    heads = [f"seed {entry.seed}" for entry in group.entries] if several else [""]
-    files = list(dict.fromkeys(name for entry in group.entries for name in entry.results))
-    for file in files:
-        yield from _of_file(file, [entry.results.get(file, {}) for entry in group.entries], heads)
-
-    last = [next(iter(entry.training_rows[::-1]), {}) for entry in group.entries]
-    shown = [name for name in LAST_STEP if any(row.get(name) is not None for row in last)]
-    if shown:
-        rows = [[name, *(_value(row.get(name), digits=4) for row in last)] for name in shown]
-        yield Grid("The last logged step", ["", *heads], rows)
+# ------------------------------------------------------------------------------------------------------------- summary
+def _summary_grid(found: Sequence[Group]) -> Grid:
+    """A row a run: what it is, how it ended, its numbers, what it took."""
+    names, entries = _names(found), _entries(found)
+    numbers = [tables.headlines(entry) for entry in entries]
+    heads = list(dict.fromkeys(name for of in numbers for name in of))
+    facts = [_facts(entry) for entry in entries]
+    known = [key for key in facts[0] if any(of[key] != NONE for of in facts)]
+    rows: list[list[Cell]] = []
+    for entry, of, fact in zip(entries, numbers, facts, strict=True):
+        what = f"{tables.Group((entry,)).title}, {_value(entry.options.get('epochs'))} epochs"
+        values = [_headline(of[name]) if name in of else NONE for name in heads]
+        name: Cell = [names[entry.run.path], Small(what)]
+        rows.append([name, *values, entry.state, *(fact[key] for key in known)])
+    marked = any(changed for of in numbers for _, changed in of.values())
+    remarks = ["Percent, on held-out pictures"] * bool(heads) + ["† the recipe of this number was changed"] * marked
+    return Grid("The runs", ["run", *heads, "state", *known], rows, remarks=remarks)
 
 
-def _facts(entry: Entry) -> dict[str, Cell]:
+def _headline(number: tuple[float, bool]) -> str:
+    value, changed = number
+    return f"{'† ' * changed}{value:.2f}"
+
+
+def _facts(entry: Entry) -> dict[str, str]:
     cost = tables.cost(entry)
     return {
         "seed": str(entry.seed),
@@ -406,8 +420,49 @@ def _facts(entry: Entry) -> dict[str, Cell]:
         "training time": duration(cost.seconds) if cost.seconds else NONE,
         "GPU-hours": _hours(cost.gpu_hours),
         "process-hours": _hours(cost.process_hours),
-        "config": Code(entry.run.config),
     }
+
+
+def _summary(found: Sequence[Group]) -> str:
+    """Of one run a sentence and its numbers; of several a table."""
+    grid = _summary_grid(found)
+    if len(grid.rows) > 1:
+        return grid.html()
+    (entry,) = _entries(found)
+    numbers, facts = tables.headlines(entry), _facts(entry)
+    took = f" in {facts['training time']}" if facts["training time"] != NONE else ""
+    on = f" on {facts['hardware']}" if facts["hardware"] != NONE else ""
+    lead = [
+        found[0].title,
+        str(entry.options.get("backbone.name") or "a backbone without a name"),
+        f"{_value(entry.options.get('epochs'))} epochs",
+        f"seed {entry.seed}.",
+    ]
+    text = f"{', '.join(lead)} {entry.state[:1].upper()}{entry.state[1:]}: {facts['steps done']} steps{took}{on}."
+    tiles = {name: _headline(number) for name, number in numbers.items()}
+    hours = {key: facts[key] for key in ("GPU-hours", "process-hours") if facts[key] != NONE}
+    cells = [
+        f"<div><dt>{_escaped(name)}</dt><dd>{_escaped(value)}</dd></div>" for name, value in (tiles | hours).items()
+    ]
+    remarks = f'<p class="remarks">{_escaped("; ".join(grid.remarks))}</p>' if grid.remarks else ""
+    return f'<p class="lead">{_escaped(text)}</p><dl class="tiles">{"".join(cells)}</dl>{remarks}'
+
+
+# ------------------------------------------------------------------------------------------------------- what a run did
+def _of_group(group: Group) -> Iterator[Grid]:
+    """Results and the last logged step of a group's runs."""
+    several = len(group.entries) > 1
+    heads = [f"seed {entry.seed}" for entry in group.entries] if several else [""]
+    every = dict.fromkeys(name for entry in group.entries for name in entry.results)
+    files = [name for name in every if not name.startswith(("spectrum", "analysis"))]  # which have parts of their own
+    for file in files:
+        yield from _of_file(file, [entry.results.get(file, {}) for entry in group.entries], heads)
+
+    last = [next(iter(entry.training_rows[::-1]), {}) for entry in group.entries]
+    shown = [name for name in LAST_STEP if any(row.get(name) is not None for row in last)]
+    if shown:
+        rows = [[name, *(_value(row.get(name), digits=4) for row in last)] for name in shown]
+        yield Grid("The last logged step", ["", *heads], rows)
 
 
 def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Iterator[Grid]:
@@ -469,17 +524,116 @@ def _leaves(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _runs(found: Sequence[Group]) -> str:
-    names = _names(found)
+def _results(found: Sequence[Group]) -> str:
     parts = []
     for group in found:
-        if len(found) > 1:
-            parts.append(f"<h3>{_escaped(group.title)}</h3>")
-        first, *others = (grid.html() for grid in _of_group(group, names))
-        # One run's facts are as narrow as its results; those of several need the whole width.
-        wide, narrow = (first, others) if len(group.entries) > 1 else ("", [first, *others])
-        parts.append(f'{wide}<div class="grids">{"".join(narrow)}</div>')
+        grids = "".join(grid.html() for grid in _of_group(group))
+        heading = f"<h3>{_escaped(group.title)}</h3>" if len(found) > 1 else ""
+        parts += [f'{heading}<div class="grids">{grids}</div>'] if grids else []
     return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------ config and environment
+def _config_notes(found: Sequence[Group]) -> list[str]:
+    """What is to be read before the tables of differences."""
+    entries = _entries(found)
+    if len(entries) > 1:
+        equal = not differing([entry.options for entry in entries])
+        return ["The configs of all runs are equal."] if equal else []
+    (packaged,) = (entry.packaged for entry in entries)
+    if packaged is None:
+        return ["No packaged config is of this method and data set."]
+    return [] if _from_packaged(entries[0]) else [f"Equal to the packaged config {packaged[0]}."]
+
+
+def _from_packaged(entry: Entry) -> dict[str, list[Any]]:
+    """Options that differ from those of the nearest packaged config; where the pictures lie says nothing."""
+    assert entry.packaged is not None
+    pairs = differing([entry.packaged[1], entry.options])
+    return {key: values for key, values in pairs.items() if key != "data.root"}
+
+
+def _config_grids(found: Sequence[Group]) -> list[Grid]:
+    """Of several runs the options that differ, aligned; of one, what differs from the nearest packaged config."""
+    names, entries = _names(found), _entries(found)
+    if len(entries) > 1:
+        pairs = differing([entry.options for entry in entries])
+        columns = ["option", *(names[entry.run.path] for entry in entries)]
+        rows: list[list[Cell]] = [[key, *map(_option, values)] for key, values in pairs.items()]
+        of: list[Cell] = []
+        for entry in entries:
+            nearest = entry.packaged and entry.packaged[0]
+            of.append(NONE if nearest is None else f"{nearest}, {len(_from_packaged(entry))} differ")
+        rows.append(["nearest packaged config", *of])
+        files: list[Cell] = [Code(entry.run.config) for entry in entries]
+        return [Grid("Options that differ among the runs", columns, [*rows, ["file", *files]])]
+    (entry,) = entries
+    file = f"All options: {entry.run.config}"
+    if entry.packaged is None or not (pairs := _from_packaged(entry)):
+        return [Grid("The config of this run", ["", ""], [["file", Code(entry.run.config)]])]
+    rows = [[key, *map(_option, values)] for key, values in pairs.items()]
+    name = entry.packaged[0]
+    return [
+        Grid(
+            f"What differs from {name}, the nearest packaged config", ["option", name, "this run"], rows, remarks=[file]
+        )
+    ]
+
+
+def _option(value: Any) -> str:
+    return shown(value).replace("-", MINUS) if isinstance(value, (int, float)) else shown(value)
+
+
+def _config(found: Sequence[Group]) -> str:
+    notes = "".join(f"<p>{_escaped(note)}</p>" for note in _config_notes(found))
+    return notes + "".join(grid.html() for grid in _config_grids(found))
+
+
+def _environment_grid(found: Sequence[Group]) -> Grid:
+    """A column a run: versions, machines, starts and ends, hours."""
+    names, entries = _names(found), _entries(found)
+    sides = [{**environment(entry), **_history(entry)} for entry in entries]
+    keys = dict.fromkeys(key for side in sides for key in side)
+    rows: list[list[Cell]] = [[key, *(_known(side.get(key)) for side in sides)] for key in keys]
+    return Grid("Where and how it ran", ["", *(names[entry.run.path] for entry in entries)], rows)
+
+
+def _known(value: Any) -> str:
+    """A value, or the values of one start after another."""
+    if value is None:
+        return NONE
+    return ", then ".join(map(shown, value)) if isinstance(value, list) else shown(value)
+
+
+def _history(entry: Entry) -> dict[str, Any]:
+    """How often it started and ended, and what that took; what never happened is left out."""
+    cost = tables.cost(entry)
+    events = [event for event in entry.events if isinstance(event.get("event"), str)]
+    times = [str(event["time"])[:16].replace("T", " ") for event in entry.starts + _ends(entry) if "time" in event]
+    counts = {
+        "starts": len(entry.starts),
+        "of these from a checkpoint": sum(bool(start.get("step")) for start in entry.starts),
+        "stopped by a signal": sum(end.get("status") == Status.STOPPED for end in _ends(entry)),
+        "rolled back": sum(event["event"] == "rollback" for event in events),
+        "ranks lost": sum(event["event"] == "rank_lost" for event in events),
+        "nodes excluded": sum(event["event"] == "excluded" for event in events),
+    }
+    hours = {"GPU-hours": cost.gpu_hours, "process-hours": cost.process_hours}
+    return {
+        **({"first start": f"{times[0]} UTC", "last start or end": f"{times[-1]} UTC"} if times else {}),
+        **{name: count for name, count in counts.items() if count},
+        **({"training time": duration(cost.seconds)} if cost.seconds else {}),
+        **{name: _hours(value) for name, value in hours.items() if value},
+    }
+
+
+def _ends(entry: Entry) -> list[Mapping[str, Any]]:
+    return [event for event in entry.events if event.get("event") == "end"]
+
+
+def _environment(found: Sequence[Group]) -> str:
+    grid = _environment_grid(found)
+    return grid.html() if grid.rows else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -495,8 +649,8 @@ class Panel:
     entries: Sequence[Entry]
 
 
-def _curves(found: Sequence[Group], panels: Sequence[Panel], caption: str) -> str:
-    """A figure of panels against the step, a line a run; "" where nothing is logged.
+def _curves(found: Sequence[Group], panels: Sequence[Panel], caption: str, columns: int = 1) -> str:
+    """A figure of panels against the step, a line a run, of one look in all panels; "" where nothing is logged.
 
     Raises BadInput where matplotlib is missing.
     """
@@ -514,64 +668,71 @@ def _curves(found: Sequence[Group], panels: Sequence[Panel], caption: str) -> st
             drawn.append((panel, lines))
     if not drawn:
         return ""
-    light, dark = (_draw(drawn, *colours) for colours in ((LIGHT, LINES_LIGHT), (DARK, LINES_DARK)))
     text = _escaped(caption)
-    # Two pictures of the same: a line in a colour for white paper cannot be seen on black.
+    picture = _picture(lambda palette: _draw(drawn, list(names.values()), palette, columns), caption)
     return (
-        f'<figure class="curve"><div class="scroll" tabindex="0" role="region" aria-label="{text}"><picture>'
-        f'<source srcset="{_data(dark)}" media="(prefers-color-scheme: dark)"><img src="{_data(light)}" alt="{text}">'
-        f"</picture></div><figcaption>{text}</figcaption></figure>"
+        f'<figure class="curve"><div class="scroll" tabindex="0" role="region" aria-label="{text}">{picture}</div>'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _picture(draw: Callable[[pictures.Palette], bytes], words: str) -> str:
+    """Two pictures of the same: a line in a colour for white paper cannot be seen on black. Paper is white in print."""
+    light, dark = (_data(draw(palette)) for palette in (LIGHT, DARK))
+    return (
+        f'<picture><source srcset="{dark}" media="screen and (prefers-color-scheme: dark)">'
+        f'<img src="{light}" alt="{_escaped(words)}"></picture>'
     )
 
 
 def _draw(
     panels: Sequence[tuple[Panel, Mapping[str, Sequence[tuple[int, float]]]]],
-    colours: Mapping[str, str],
-    lines: Sequence[str],
+    names: Sequence[str],
+    palette: pictures.Palette,
+    columns: int = 1,
 ) -> bytes:
-    """A PNG of panels one below the other, each with {name of the line: points}."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    """A PNG of panels, each with {name of the line: points}; `names` are those of all lines."""
+    columns = min(columns, len(panels))
+    shown = [name for name in names if any(name in named for _, named in panels)]
+    keys = 0.21 * math.ceil(len(shown) / 2) * (len(shown) > 1)
+    with pictures.figure(7.4, 2.9 * math.ceil(len(panels) / columns) + keys, palette) as figure:
+        import matplotlib
         from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise BadInput("the report needs matplotlib: pip install 'ssl-pipeline[demo]'") from None
-    heights = [
-        2.9 + 0.2 * (len(panel.title) > 0) + 0.21 * -(-len(named) // 2) * (len(named) > 1) for panel, named in panels
-    ]
-    figure = Figure(figsize=(7.4, sum(heights)), layout=ConstrainedLayoutEngine(hspace=0.08))
-    figure.set_facecolor(colours["paper"])
-    every = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axes, (panel, named) in zip(every, panels, strict=True):
-        drawn = []
-        for place, points in enumerate(named.values()):
-            kind = {"color": lines[place % len(lines)], "linestyle": DASHES[place % len(DASHES)]}
-            drawn += axes.plot(
-                *zip(*points, strict=True), linewidth=1.5, marker="o" if len(points) == 1 else None, **kind
+
+        looks = list(matplotlib.rcParams["axes.prop_cycle"])
+        every = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat
+        lines = {}
+        for axes, (panel, named) in zip(every, panels, strict=False):
+            for name, points in named.items():
+                look = looks[names.index(name) % len(looks)]
+                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else None, **look)
+            axes.set(title=panel.title, ylabel=panel.label, xlabel="step")
+            axes.xaxis.set_major_locator(MaxNLocator(7 // columns, steps=[1, 2, 5, 10], integer=True))
+            axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+        for axes in every:
+            axes.set_visible(False)
+        if len(shown) > 1:  # a name that begins with _ would be left out
+            figure.legend(
+                [lines[name] for name in shown], [f" {name}" for name in shown], loc="outside lower left", ncols=2
             )
-        axes.set_title(panel.title, color=colours["ink"], fontsize="medium", loc="left", parse_math=False)
-        axes.set_ylabel(panel.label, color=colours["ink"], parse_math=False)
-        axes.set_xlabel("step", color=colours["ink"])
-        axes.set_facecolor(colours["paper"])
-        axes.tick_params(colors=colours["faint"], labelcolor=colours["ink"], length=3)
-        axes.grid(color=colours["rule"], linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(colours["faint"])
-        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True))
-        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        if len(named) > 1:
-            shown = [f" {name}" for name in named]  # a name that begins with _ would be left out
-            below = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.17), "ncols": 2}
-            legend = axes.legend(drawn, shown, **below, frameon=False, handlelength=3.5, fontsize=9)
-            for text in legend.get_texts():
-                text.set(color=colours["ink"], parse_math=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200)
-    return buffer.getvalue()
+        return pictures.png(figure)
 
 
 def _data(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """Address of a drawing: a PNG of at most 128 colours, which halves it."""
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _photo(png: bytes) -> str:
+    """Address of pictures, twice as large as they are shown: a JPEG. Raises what Pillow does where it is no PNG."""
+    buffer = io.BytesIO()
+    image = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
+    image.thumbnail((1200, 1000))
+    image.save(buffer, "JPEG", quality=75, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _loss(found: Sequence[Group]) -> str:
@@ -593,26 +754,159 @@ def _online(found: Sequence[Group]) -> str:
     panels: dict[str, list[Entry]] = {}
     for entry in _entries(found):
         panels.setdefault(tables.label(entry.data) if entry.data else "", []).append(entry)
-    every = [Panel(data, f"{key.removeprefix('online_')}, %", key, of) for key in keys for data, of in panels.items()]
-    return _curves(found, every, "Accuracy of the backbone while it was trained, in percent, against the step.")
+    every = [
+        Panel(data * (len(panels) > 1), f"{key.removeprefix('online_')}, %", key, of)
+        for key in keys
+        for data, of in panels.items()
+    ]
+    return _curves(
+        found, every, "Accuracy of the backbone while it was trained, in percent, against the step.", columns=2
+    )
+
+
+def _held_out(found: Sequence[Group]) -> str:
+    """A panel for each measure of the representation on held-out pictures."""
+    logged = {key for entry in _entries(found) for row in entry.rows for key in row if key.startswith("heldout_")}
+    panels = [Panel("", key.removeprefix("heldout_").replace("_", " "), key, _entries(found)) for key in sorted(logged)]
+    return _curves(found, panels, "Measured on held-out pictures while it was trained, against the step.", columns=2)
 
 
 def _entries(found: Sequence[Group]) -> list[Entry]:
     return [entry for group in found for entry in group.entries]
 
 
-def _views(found: Sequence[Group]) -> str:
+def _of_kind(entry: Entry, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Results of a run whose file is of this name, or begins with it, and what follows."""
+    for file, values in entry.results.items():
+        if file == kind or file.startswith(f"{kind}_"):
+            yield file.removeprefix(kind).replace("_", " "), values
+
+
+def _layers(found: Sequence[Group]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Spectra by the name of the run, of the layers r and z: those measured alone, and where there is none an analysis's."""
+    names = _names(found)
+    lines: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in _entries(found):
+        analysed = [(more, _inside(values, "pictures", "spectrum")) for more, values in _of_kind(entry, "analysis")]
+        for more, values in [*_of_kind(entry, "spectrum")] or analysed:
+            layers = {layer: of for layer in ("r", "z") if isinstance(of := _inside(values, layer), Mapping) and of}
+            lines |= {names[entry.run.path] + more: layers} if layers else {}
+    return lines
+
+
+def _spectra_grids(found: Sequence[Group]) -> list[Grid]:
+    every = {f"{name}, {layer}": of for name, layers in _layers(found).items() for layer, of in layers.items()}
+    columns = list(dict.fromkeys(key for of in every.values() for key, value in of.items() if key != "eigenvalues"))
+    rows: list[list[Cell]] = [[name, *(_value(of.get(key)) for key in columns)] for name, of in every.items()]
+    return [Grid("Eigenvalues above a share of the largest", ["", *columns], rows)] if rows else []
+
+
+def _spectra(found: Sequence[Group]) -> str:
+    """One picture of all spectra."""
+    if not (lines := _layers(found)):
+        return ""
+    words = "Eigenvalues of the covariance of the representations r and the embeddings z, the largest first."
+    grids = "".join(grid.html() for grid in _spectra_grids(found))
+    return f'<div class="drawn">{_figure(partial(pictures.spectrum, lines), words)}</div>{grids}'
+
+
+def _measures_grids(found: Sequence[Group]) -> list[Grid]:
+    """What analyses measured: of representation and embedding, and of the head, a run beside the other."""
+    names = _names(found)
+    every = [(names[e.run.path] + more, values) for e in _entries(found) for more, values in _of_kind(e, "analysis")]
+    spaces = ("representation", "embedding")
+    of_space: list[tuple[str, str, dict[str, Any]]] = []
+    of_head: list[tuple[str, dict[str, Any]]] = []
+    for name, values in every:
+        of = {space: _beginning(values, f"{space}_") for space in spaces}
+        of_space += [(name, space, numbers) for space, numbers in of.items() if numbers]
+        of_head += [(name, numbers)] if (numbers := _beginning(values, "head_")) else []
+    grids = []
+    if of_space:
+        keys = dict.fromkeys(key for *_, numbers in of_space for key in numbers)
+        rows: list[list[Cell]] = [
+            [key.replace("_", " "), *(_value(of.get(key)) for *_, of in of_space)] for key in keys
+        ]
+        spans = Counter(name for name, *_ in of_space)
+        over = [("", 1), *spans.items()]
+        grids.append(Grid("Measured on held-out pictures", ["", *(space for _, space, _ in of_space)], rows, over))
+    if of_head:
+        keys = dict.fromkeys(key for _, numbers in of_head for key in numbers)
+        rows = [[key.replace("_", " "), *(_value(of.get(key)) for _, of in of_head)] for key in keys]
+        grids.append(Grid("The last layer of the head", ["", *(name for name, _ in of_head)], rows))
+    return grids
+
+
+def _beginning(values: Mapping[str, Any], before: str) -> dict[str, Any]:
+    """Numbers whose key begins so, by the rest of it; counts, which results hold as floats, without decimals."""
+    found = {
+        k.removeprefix(before): v for k, v in values.items() if k.startswith(before) and tables.number(v) is not None
+    }
+    return {key: int(value) if value == int(value) else value for key, value in found.items()}
+
+
+def _measures(found: Sequence[Group]) -> str:
+    grids = "".join(grid.html() for grid in _measures_grids(found))
+    return f'<div class="grids">{grids}</div>' if grids else ""
+
+
+def _inside(values: Any, *keys: str) -> Any:
+    """What lies in nested mappings; {} where it does not."""
+    for key in keys:
+        values = values.get(key, {}) if isinstance(values, Mapping) else {}
+    return values
+
+
+def _analysed(key: str, words: str, draw: Callable[..., bytes]) -> Callable[[Sequence[Group]], str]:
+    """A part with a picture a run of what lies in its analysis.json under `pictures`."""
+
+    def part(found: Sequence[Group]) -> str:
+        names = _names(found)
+        figures = []
+        for entry in _entries(found):
+            for more, values in _of_kind(entry, "analysis"):
+                if data := _inside(values, "pictures", key):
+                    figures.append(_figure(partial(draw, data), f"{names[entry.run.path]}{more}"))
+        return f'<p>{words}</p><div class="drawn">{"".join(figures)}</div>' if figures else ""
+
+    return part
+
+
+def _figure(draw: Callable[[pictures.Palette], bytes], words: str) -> str:
+    """A picture with words below; where it cannot be drawn they say so."""
+    try:
+        frame = f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(words)}">'
+        picture = f"{frame}{_picture(draw, words)}</div>"
+    except BadInput:
+        raise
+    except Exception:  # whatever matplotlib raises of numbers that another version, or a stranger, has written
+        picture, words = "", f"{words}: what lies in results/ cannot be drawn; evaluate again"
+    return f"<figure>{picture}<figcaption>{_escaped(words)}</figcaption></figure>"
+
+
+def _stored(found: Sequence[Group], file: Callable[[RunFolder], Path], intro: str, kind: str) -> str:
+    """A PNG a run that lies in its folder."""
     names = _names(found)
     figures = []
     for entry in _entries(found):
-        if entry.run.views.is_file():
-            name = _escaped(names[entry.run.path])
-            image = (
-                f'<img src="{_data(entry.run.views.read_bytes())}" alt="Augmented views of eight pictures, run {name}">'
-            )
-            figures.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
-    intro = "<p>The first pictures as the network sees them: a row a picture, a column a view.</p>"
-    return f'{intro}<div class="views">{"".join(figures)}</div>' if figures else ""
+        path, name = file(entry.run), names[entry.run.path]
+        if path.is_file():
+            try:
+                image = f'<img src="{_photo(path.read_bytes())}" alt="{_escaped(f"{intro}, run {name}")}">'
+            except (OSError, ValueError, Image.DecompressionBombError):
+                image, name = "", f"{name}: {path.name} is no picture"
+            figures.append(f"<figure>{image}<figcaption>{_escaped(name)}</figcaption></figure>")
+    return f'<p>{intro}</p><div class="{kind}">{"".join(figures)}</div>' if figures else ""
+
+
+def _views(found: Sequence[Group]) -> str:
+    intro = "The first pictures as the network sees them: a row a picture, a column a view"
+    return _stored(found, lambda run: run.views, intro, "views")
+
+
+def _neighbours(found: Sequence[Group]) -> str:
+    intro = "Held-out pictures, and those whose representations are nearest by cosine"
+    return _stored(found, lambda run: run.results / "neighbours.png", intro, "drawn")
 
 
 # --------------------------------------------------------------------------------------------------- the paper's tables
@@ -683,16 +977,30 @@ def _paper(found: Sequence[Group]) -> str:
     return "".join(parts)
 
 
+COSINES = "Cosines of two views of a picture, and of views of two pictures, on held-out pictures."
 PARTS = (
-    ("runs", "Runs", _runs),
+    ("summary", "Summary", _summary),
+    ("results", "Results", _results),
     ("loss", "Loss", _loss),
     ("online", "Accuracy while training", _online),
-    ("views", "Augmented views", _views),
+    ("heldout", "Measures while training", _held_out),
     ("paper", TABLES, _paper),
+    ("measures", "Measures", _measures),
+    ("spectra", "Spectra", _spectra),
+    ("head", "Head", _analysed("group_norms", "Norms of the groups of the head's layers.", pictures.group_norms)),
+    ("cosines", "Cosines", _analysed("cosines", COSINES, pictures.cosines)),
+    ("neighbours", "Neighbours", _neighbours),
+    ("projection", "Projection", _analysed("projection", "Representations of held-out pictures.", pictures.projection)),
+    ("views", "Augmented views", _views),
+    ("config", "Config", _config),
+    ("environment", "Environment", _environment),
 )
 """(anchor, heading, function from groups to html or "")."""
 
 
 def _colours() -> str:
-    light, dark = ("".join(f"--{name}: {value}; " for name, value in colours.items()) for colours in (LIGHT, DARK))
-    return f":root {{ color-scheme: light dark; {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
+    light, dark = (
+        "".join(f"--{name}: {value}; " for name, value in asdict(palette).items() if name != "lines")
+        for palette in (LIGHT, DARK)
+    )
+    return f":root {{ color-scheme: light dark; {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"

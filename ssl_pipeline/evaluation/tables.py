@@ -8,15 +8,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssl_pipeline import config
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.run_folder import CHANGEABLE, RunFolder, read_lines
 from ssl_pipeline.sparse_head import Options as SparseOptions
 
@@ -47,8 +48,32 @@ EVALUATIONS = {
 }
 """Results by which the tables are filled, and the command that writes each."""
 
+Complete = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Adds to the config of a run that an older version began the options which that did not have, at their defaults."""
+
 MEASUREMENT = ("data.evaluation_view", "data.labelled_view", "data.protocol")
 """Keys that a run may change, because they do not change the pretraining; they change what the evaluations measure."""
+
+
+ENDS = {
+    Status.DONE: "finished",
+    Status.STOPPED: "stopped by a signal",
+    Status.NON_FINITE: "ended by an alarm or non-finite numbers",
+    Status.STORAGE: "ended by its storage",
+    Status.RANK_LOST: "a rank was lost",
+}
+"""Exit statuses of a training, in words."""
+
+HEADLINES = (
+    ("linear_probe", "linear_top1", "linear top-1"),
+    ("knn", "knn5_top1", "5-nn"),
+    ("semi_supervised", "semi_top1", "fine-tuned top-1"),
+    ("detection", "box.AP", "box AP"),
+    ("detection", "mask.AP", "mask AP"),
+    ("summary", "pretrained.linear", "linear top-1"),
+    ("summary", "pretrained.knn5", "5-nn"),
+)
+"""Numbers by which a run is known: how its file in results/ begins, the key in it, and what it is called."""
 
 
 def label(name: str) -> str:
@@ -71,6 +96,8 @@ class Entry:
     """metrics.jsonl."""
     events: Sequence[Mapping[str, Any]]
     """jobs.jsonl."""
+    packaged: tuple[str, Mapping[str, Any]] | None = None
+    """The packaged config that differs least from its own among those of its method and data set: name and options."""
 
     @property
     def method(self) -> str:
@@ -128,6 +155,23 @@ class Entry:
         return None if end is None else f"max_steps = {end}"
 
     @property
+    def state(self) -> str:
+        """How its training ended, or that it did not."""
+        kinds = ("start", "end", "failed", "rank_lost")
+        told = [e for e in self.events if e.get("event") in kinds and e.get("verb", "pretrain") == "pretrain"]
+        if not self.starts:
+            return "not begun"
+        if self.steps is not None and self.done >= self.steps:
+            return "finished"
+        last = told[-1]
+        if last["event"] == "rank_lost":
+            return "a rank was lost"
+        if last["event"] == "start":
+            return "running" if self.run.is_locked() else "broken off"
+        status = last.get("status")
+        return ENDS[status] if status in tuple(ENDS) else f"ended with status {status}"
+
+    @property
     def hardware(self) -> list[str]:
         """What it ran on, in the order of its starts."""
         found: dict[str, None] = {}
@@ -139,10 +183,10 @@ class Entry:
         return list(found)
 
 
-def read(run: RunFolder) -> Entry:
+def read(run: RunFolder, complete: Complete = dict) -> Entry:
     """Raises BadInput where the folder is no run, holds links, or a result is no JSON."""
     run.require_plain()
-    options = config.flatten(run.read_config())
+    options = config.flatten(complete(run.read_config()))
     if options.get("method.name") is None:
         raise BadInput(f"{run.config} names no method: it is no config of a pretraining")
     try:
@@ -156,7 +200,20 @@ def read(run: RunFolder) -> Entry:
         results={name: values if isinstance(values, dict) else {"value": values} for name, values in results.items()},
         rows=rows,
         events=[event for event in run.events() if isinstance(event, dict)],
+        packaged=_nearest_packaged(options, complete),
     )
+
+
+def _nearest_packaged(options: Mapping[str, Any], complete: Complete) -> tuple[str, Mapping[str, Any]] | None:
+    data, method = options.get("data.name"), options["method.name"]
+    found = []
+    for name in _packaged():
+        if name.startswith(f"{data}/"):
+            values = config.flatten(complete(config.load(name).values))
+            if values["method.name"] == method:
+                differing = sum(options.get(key) != values.get(key) for key in options.keys() | values.keys())
+                found.append((differing, name, values))
+    return min(found, key=lambda one: one[:2])[1:] if found else None
 
 
 def _is_gpu(start: Mapping[str, Any]) -> bool:
@@ -206,6 +263,28 @@ def cost(entry: Entry) -> Cost:
     return Cost(seconds, gpu_hours, process_hours)
 
 
+def headlines(entry: Entry) -> dict[str, tuple[float, bool]]:
+    """The numbers by which a run is known: {name: (percent, whether the recipe was changed)}.
+
+    Without results, the last accuracy on held-out pictures while it was trained. Baselines and earlier epochs are left out.
+    """
+    found = {}
+    for before, key, name in HEADLINES:
+        for file, values in entry.results.items():
+            if not file.startswith(before) or "random_init" in file or re.search(r"_epoch_\d", file):
+                continue
+            value: Any = values
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if (percent := number(value)) is not None:
+                more = file.removeprefix(before).strip("_").replace("_", " ")
+                found[f"{name}, {more}" if more else name] = (percent, bool(changed(values)))
+    if not found:
+        last = next((row for row in reversed(entry.rows) if number(row.get("online_knn5_top1")) is not None), None)
+        found = {"5-nn while training": (last["online_knn5_top1"], False)} if last else {}
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------- over seeds
 @dataclass(frozen=True)
 class Statistic:
@@ -250,7 +329,7 @@ class Group:
         return label(self.method) + (f" ({own})" if own else "") + (f" on {label(self.data)}" if self.data else "")
 
 
-def groups(runs: Iterable[RunFolder]) -> list[Group]:
+def groups(runs: Iterable[RunFolder], complete: Complete = dict) -> list[Group]:
     """Groups in the order of their first run; a run given twice is used once.
 
     The runs of a group agree in all keys but the seed, data.root and those that run_folder lets a run change. Some
@@ -259,7 +338,7 @@ def groups(runs: Iterable[RunFolder]) -> list[Group]:
     """
     paths = {run.path.resolve(): run for run in runs}
     found: dict[tuple[str, int], list[Entry]] = {}
-    for entry in (read(run) for run in paths.values()):
+    for entry in (read(run, complete) for run in paths.values()):
         kept = {"data.name", "max_steps"} if entry.data is not None else {"data.name", "data.root", "max_steps"}
         same = {
             key: value

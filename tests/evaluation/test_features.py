@@ -8,11 +8,16 @@ import pytest
 import torch
 import torchvision
 
-from ssl_pipeline import backbone, config
+from ssl_pipeline import backbone, checkpoint, config, distributed
 from ssl_pipeline.data.augment import ViewSpec
 from ssl_pipeline.data.index import Index, write_shard_index
 from ssl_pipeline.evaluation import features
 from ssl_pipeline.exits import BadInput
+from ssl_pipeline.head import Options as HeadOptions
+from ssl_pipeline.head import ProjectionHead
+from ssl_pipeline.methods import Method
+from ssl_pipeline.pretrain import PretrainConfig, build_method
+from ssl_pipeline.run_folder import RunFolder
 from tests.ranks import on_ranks
 
 VIEW = config.validate(ViewSpec, {"size": 64, "ops": [{"op": "center_crop", "resize": 64}, {"op": "normalize"}]})
@@ -107,8 +112,6 @@ def test_crop_and_flip_takes_after_the_evaluation_view() -> None:
 
 
 def test_random_initialisation_is_the_one_that_pretraining_starts_from() -> None:
-    from ssl_pipeline.pretrain import PretrainConfig, build_method
-
     options = config.validate(PretrainConfig, config.load("smoke", ["seed=3"]).values)
     torch.manual_seed(3)
     alone = backbone.build(options.backbone)
@@ -184,3 +187,72 @@ def test_unreadable_pictures_are_left_out_and_too_many_refused(
     assert "is measured without 1 of 8 pictures" in caplog.text
     with pytest.raises(BadInput, match=r"1 of 8 pictures .* more than data.max_bad_fraction = 0.01.*china"):
         features.extract(options.model_copy(update={"max_bad_fraction": 0.01}), "val")
+
+
+# ------------------------------------------------------------------------------------------------- a run's trained head
+def saved(method: Method, options: PretrainConfig, folder: Path, step: int = 3) -> RunFolder:
+    """A run folder with this method's checkpoint."""
+    run = RunFolder(folder)
+    run.describe(options.model_dump(mode="json"))
+    checkpoint.write(run.checkpoints, {"step": step, "model": method.state_dict(), "monitor": {}}, keep=9)
+    return run
+
+
+@pytest.mark.parametrize("name", config.method_names())
+def test_the_trained_pair_is_the_evaluated_backbone_and_the_head(name: str, tmp_path: Path) -> None:
+    """Of every method, although nothing here may import one."""
+    small = ["backbone.arguments={layers: [1, 1, 1, 1], channels: [8, 8, 8, 16]}", "head.hidden=16"]
+    options = config.validate(PretrainConfig, config.load(f"digits/{name}", small).values)
+    method = build_method(options)
+    with torch.no_grad():
+        for value in [*method.parameters(), *method.buffers()]:
+            if value.is_floating_point():
+                value.uniform_(0.5, 1.5)  # no two parts of it are alike
+    backbone, head, _ = features.trained(saved(method, options, tmp_path / "run"))
+    pictures = torch.rand(2, 3, 32, 32)
+    method.eval()
+    with torch.no_grad():
+        r = method.evaluated_backbone()(pictures)
+        assert torch.equal(backbone(pictures), r)
+        assert torch.equal(head(backbone(pictures)), method.head(r))
+    assert not any(module.training for module in [*backbone.modules(), *head.modules()])
+
+
+def test_a_head_comes_from_the_newest_good_checkpoint(tmp_path: Path) -> None:
+    options = config.validate(PretrainConfig, config.load("smoke").values)
+    method = build_method(options)
+    run = RunFolder(tmp_path)
+    run.describe(options.model_dump(mode="json"))
+    with pytest.raises(BadInput, match=r"has no checkpoint, and backbone.pth holds no head: its representation alone"):
+        features.trained(run)
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        torch.nn.init.constant_(method.head.last_layer.weight, value)
+        saved(method, options, tmp_path, step)
+    newest = run.checkpoints / "step_00000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    _, head, step = features.trained(run)
+    assert (head.last_layer.weight.unique().tolist(), step) == ([2.0], 2)
+    run.describe({**options.model_dump(mode="json"), "head": {"kind": "linear", "output": 7}})
+    with pytest.raises(BadInput, match=r"the checkpoint of step 2 in .* does not fit"):
+        features.trained(run)
+
+
+def test_a_stream_is_the_features_and_what_the_head_makes_of_them(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "val", tmp_path / "val")
+    index = features.pictures_of(tmp_path, "val")
+    Path(index.root / index.paths[3]).write_bytes(b"no picture")
+    options = features.Options(
+        weights=None, backbone=backbone.Options(name="resnet10t"), root=tmp_path, view=VIEW, batch_size=3,
+        max_bad_fraction=1.0,
+    )  # fmt: skip
+    model, world = features.network(options), distributed.start()
+    head = ProjectionHead(HeadOptions(hidden=16, output=8), 512).eval()
+    parts = list(features.stream(model, head, index, options, world))
+    whole = features.features_of(model, index, options, world)
+    assert whole.ids.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    for field, values in (("r", whole.values), ("labels", whole.labels), ("ids", whole.ids)):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), values)
+    torch.testing.assert_close(torch.cat([part.z for part in parts]), head(whole.values).detach())
+    assert all(part.z is None for part in features.stream(model, None, index, options, world))
+    with pytest.raises(BadInput, match="1 of 8 pictures .* are unreadable"):
+        list(features.stream(model, head, index, options.model_copy(update={"max_bad_fraction": 0.0}), world))

@@ -7,20 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ssl_pipeline import checkpoint, distributed, pretrain
 from ssl_pipeline.data.index import pretraining_index, read_index
-from ssl_pipeline.evaluation import features, knn, online
+from ssl_pipeline.evaluation import features, knn, measures, online
 from ssl_pipeline.exits import BadInput, Status
 from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.preemption import Preemption
-from ssl_pipeline.run_folder import checkpoint_file, read_lines
+from ssl_pipeline.run_folder import RunFolder, checkpoint_file, read_lines
 from tests.ranks import on_ranks
 from tests.test_pretrain import options
 
-ON = ("online.linear=true", "online.knn_every_epochs=1", "online.knn_train=100", "online.knn_val=30")
+ON = (
+    "online.linear=true", "online.knn_every_epochs=1", "online.knn_train=100", "online.knn_val=30",
+    "online.measures_every_epochs=1", "online.measures_pictures=40",
+)  # fmt: skip
 OFF = ("online.linear=false",)
 
 
@@ -57,9 +61,9 @@ def test_a_missing_val_is_told_of_at_the_start_and_test_is_offered(
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 def test_a_run_with_them_is_a_run_without_bit_for_bit(few_digits: Path, tmp_path: Path, method: str) -> None:
     for name, overrides in (("on", ON), ("off", OFF)):
-        chosen = options(few_digits, "epochs=1", "max_steps=10", *overrides, method=method)
+        chosen = options(few_digits, "epochs=2", "max_steps=14", *overrides, method=method)  # 10 an epoch
         assert pretrain.pretrain(chosen, tmp_path / name) == Status.DONE
-    on, off = (checkpoint.read(checkpoint_file(tmp_path / name / "checkpoints", 10)) for name in ("on", "off"))
+    on, off = (checkpoint.read(checkpoint_file(tmp_path / name / "checkpoints", 14)) for name in ("on", "off"))
     for part in ("model", "optimizer", "loader", "random"):
         ours, theirs = (tree_flatten(state[part]) for state in (on, off))
         assert ours[1] == theirs[1]
@@ -77,7 +81,7 @@ def test_the_probe_is_a_plain_adam_on_detached_features(few_digits: Path) -> Non
     index = read_index(few_digits / "train")
     world = distributed.start()
     before = torch.get_rng_state()
-    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, None, 3, world)
+    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, (None, None), 3, world)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(3)
     theirs = nn.Linear(12, 10)
@@ -117,6 +121,60 @@ def test_its_knn_is_knn_on_fixed_subsets(few_digits: Path, tmp_path: Path) -> No
     assert len(set(some.paths)) == 50
     assert len(set(some.labels.tolist())) > 5
     assert online._some(index, 1000, 0) is index
+
+
+def of_heldout(run: Path) -> list[dict]:
+    return [row for row in rows(run) if "heldout_embedding_rankme" in row]
+
+
+def test_its_measures_are_those_of_the_held_out_pictures(few_digits: Path, tmp_path: Path) -> None:
+    chosen = options(
+        few_digits, "epochs=3", "max_steps=30", "online.measures_every_epochs=2", "monitor.tensorboard=true"
+    )
+    assert pretrain.pretrain(chosen, tmp_path / "all") == Status.DONE
+    only = options(few_digits, "epochs=1", "max_steps=10", *OFF, "online.measures_every_epochs=1")
+    assert pretrain.pretrain(only, tmp_path / "only") == Status.DONE
+    assert [row["step"] for row in of_heldout(tmp_path / "all")] == [20]
+    [row] = of_heldout(tmp_path / "only")
+    seen = features.extract(features.options(tmp_path / "only"), "val").values
+    assert len(seen) == 60
+    head = features.trained(RunFolder(tmp_path / "only")).head
+    with torch.no_grad():
+        expected = measures.measure(seen, head(seen))
+    assert row.keys() == {"step", "epoch", *(f"heldout_{name}" for name in expected)}
+    assert {name: row[f"heldout_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4)
+    shown = EventAccumulator(str(tmp_path / "all" / "tensorboard"))
+    shown.Reload()
+    [event] = shown.Scalars("heldout_embedding_rankme")
+    assert (event.step, event.value) == (20, pytest.approx(of_heldout(tmp_path / "all")[0]["heldout_embedding_rankme"]))
+
+
+def test_measures_need_pictures_alone_and_no_run_ends_for_them(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        for place, path in enumerate(sorted((few_digits / split).rglob("*.png"))[:32]):
+            (tmp_path / "flat" / split / f"{place:02}.png").symlink_to(path)
+    chosen = options(tmp_path / "flat", "epochs=1", *ON, "online.measures_pictures=20")
+    assert pretrain.pretrain(chosen, tmp_path / "run") == Status.DONE
+    [row] = of_heldout(tmp_path / "run")
+    assert not any(name.startswith("online") for name in row)
+    assert 1 < row["heldout_representation_effective_rank"] < 20
+    monkeypatch.setattr(online, "_finite", lambda *values: False)  # as of a run that diverged
+    assert pretrain.pretrain(chosen, tmp_path / "diverged") == Status.DONE
+    assert not of_heldout(tmp_path / "diverged")
+    (tmp_path / "flat" / "val").rename(tmp_path / "flat" / "test")
+    assert pretrain.pretrain(chosen, tmp_path / "without") == Status.DONE
+    assert not of_heldout(tmp_path / "without")
+    assert "no measures while training: no folder" in caplog.text
+
+
+def test_what_is_not_finite_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed.start()
+    assert online._finite(torch.ones(2), torch.ones(0))
+    assert not online._finite(torch.ones(2), torch.tensor([0, torch.nan]))
+    assert not online._finite(torch.tensor([torch.inf]))
 
 
 def test_it_goes_on_where_it_was(few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +233,7 @@ def on_this_rank_with_labels_missing(root: str) -> torch.Tensor:
     chosen = options(Path(root), "data.unlabelled=[unlabeled]")
     index = pretraining_index(chosen.data.root, chosen.data.unlabelled)
     world = distributed.start()
-    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, None, 3, world)
+    probe = online.Online(online.Options(), chosen.data, 12, chosen.backbone, index, (None, None), 3, world)
     values = []
     for inputs, labels in steps_with_labels_missing():
         mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
@@ -224,11 +282,15 @@ def on_this_rank(root: str, into: str) -> torch.Tensor:
     distributed.gather_json(None)
     found = rows(Path(into))
     values = [[row["online_loss"], row["online_top1"]] for row in found if "loss" in row]
-    return torch.tensor([*values, [found[-1]["online_knn5_top1"], found[-1]["online_knn5_top5"]]], dtype=torch.float64)
+    note = [found[-1]["online_knn5_top1"], found[-1]["online_knn5_top5"]]
+    measured = [value for name, value in found[-1].items() if name.startswith("heldout") and "condition" not in name]
+    assert len(measured) == 20
+    return torch.cat([torch.tensor([*values, note], dtype=torch.float64).flatten(), torch.tensor(measured)])
 
 
 def test_two_ranks_are_one(few_digits: Path, tmp_path: Path) -> None:
     two = on_ranks(2, on_this_rank, str(few_digits), str(tmp_path / "2"))
     one = on_this_rank(str(few_digits), str(tmp_path / "1"))
-    torch.testing.assert_close(two[0][:-1, 0], one[:-1, 0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(two[0][-1], one[-1], rtol=0, atol=7)  # two of thirty pictures
+    torch.testing.assert_close(two[0][0:20:2], one[0:20:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two[0][20:22], one[20:22], rtol=0, atol=7)  # two of thirty pictures
+    torch.testing.assert_close(two[0][22:], one[22:], rtol=1e-3, atol=1e-3)

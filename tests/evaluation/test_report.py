@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ssl_pipeline import __version__, config
-from ssl_pipeline.evaluation import report, tables
+from ssl_pipeline.evaluation import pictures, report, tables
 from ssl_pipeline.exits import BadInput
+from ssl_pipeline.pretrain import completed
 from ssl_pipeline.run_folder import RunFolder
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, NONE, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
 Make = Callable[..., RunFolder]
 
 
@@ -105,6 +107,12 @@ class Page(HTMLParser):
         return ["".join(text) for name, _, text in self.found if name == tag]
 
 
+def picture(source: str | None) -> Image.Image:
+    """What an address that holds its picture shows."""
+    kind, encoded = re.fullmatch("data:image/(png|jpeg);base64,(.*)", source or "").groups()  # type: ignore[union-attr]
+    return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=[kind])
+
+
 def row(markdown: str, table: str, method: str) -> list[str]:
     """The cells of a method's row in one of the paper's tables."""
     _, _, rest = markdown.partition(f"Table {table}")
@@ -160,9 +168,7 @@ def test_the_page_is_whole_and_loads_nothing(text: str) -> None:
     assert not page.all("script")
     assert not page.all("link")
     for attributes in page.all("img") + page.all("source"):
-        source = attributes.get("src") or attributes.get("srcset") or ""
-        png = base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
-        Image.open(io.BytesIO(png)).verify()
+        picture(attributes.get("src") or attributes.get("srcset")).verify()
     assert all(attributes["alt"] for attributes in page.all("img"))
     assert all(attributes.get("scope") in ("row", "col", "colgroup") for attributes in page.all("th"))
     assert len(page.all("table")) == len(page.all("caption")) == text.count('class="scroll"') - len(page.all("picture"))
@@ -189,9 +195,9 @@ def test_each_run_shows_what_it_did(runs: list[RunFolder]) -> None:
     for name in ("s0", "s1", "bt", "digits"):
         assert f"`{runs[0].path.parent / name / 'config.yaml'}`" in text
     # Of 40 steps of 512 pictures at 512 images/s, 10 have no speed.
-    assert re.search(
-        r"^\| s1 \| 1 \| 40 / 40 \| 2 \S+ NVIDIA H100 on node1 \| 0 min 30 s \| 0.0167 \|", text, re.MULTILINE
-    )
+    what = "SimCLR + SparseHead on CIFAR-10, 1000 epochs"
+    facts = f"| s1<br>{what} | 92.50 | {NONE} | finished | 1 | 40 / 40 | 2 {TIMES} NVIDIA H100 on node1 | 0 min 30 s | 0.0167 |"
+    assert facts in text.splitlines()
     assert "| linear_top1 | 92.00 | 92.50 | 92.25 ± 0.35 |" in text
     assert "weights, seed 0: 92.0.pth; weights, seed 1: 92.5.pth" in text
     assert "| random_init | 85.28 |" in text
@@ -202,19 +208,18 @@ def test_each_run_shows_what_it_did(runs: list[RunFolder]) -> None:
 def test_curves_and_views_are_pictures(runs: list[RunFolder], text: str) -> None:
     page = Page(text)
     assert page.words("h2") == [
-        "Runs", "Loss", "Accuracy while training", "Augmented views", "Tables 1 to 3 of the paper"
+        "Summary", "Results", "Loss", "Accuracy while training", "Tables 1 to 3 of the paper", "Augmented views", "Config",
+        "Environment",
     ]  # fmt: skip
     assert len(page.all("picture")) == 2
-    views = [base64.b64encode(run.views.read_bytes()).decode() for run in runs]
-    sources = [str(attributes["src"]) for attributes in page.all("img")]
-    assert [source.partition(",")[2] for source in sources[2:]] == views
-    assert [a["media"] for a in page.all("source")] == ["(prefers-color-scheme: dark)"] * 2
-    # The two pictures of a curve are its light and its dark form.
-    curves = (sources[0], str(page.all("source")[0]["srcset"]))
-    images = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in curves]
-    ends = [np.asarray(image.convert("L"))[0, 0] for image in images]
-    assert ends[0] > 200
-    assert ends[1] < 60
+    sources = [attributes["src"] for attributes in page.all("img")]
+    views = [picture(source) for source in sources[2:]]
+    assert [(view.format, view.size) for view in views] == [("JPEG", (4, 8))] * len(runs)
+    assert all(np.asarray(view).max() < 8 for view in views)  # black, as they were made
+    assert [a["media"] for a in page.all("source")] == ["screen and (prefers-color-scheme: dark)"] * 2
+    # The two pictures of a curve are its light and its dark form, on paper of the page's own colour.
+    ends = [picture(source).convert("RGB").getpixel((0, 0)) for source in (sources[0], page.all("source")[0]["srcset"])]
+    assert ends == [ImageColor.getrgb(palette.paper) for palette in (pictures.LIGHT, pictures.DARK)]
 
 
 def test_a_changed_recipe_is_told_and_not_averaged_with_another(make: Make) -> None:
@@ -238,7 +243,9 @@ def test_a_changed_recipe_is_told_and_not_averaged_with_another(make: Make) -> N
 
 def test_the_figure_of_accuracies_shows_no_losses(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(report, "_curves", lambda _, panels, __: drawn.extend(panel.key for panel in panels) or "")
+    monkeypatch.setattr(
+        report, "_curves", lambda _, panels, *__, **___: drawn.extend(panel.key for panel in panels) or ""
+    )
     run = make("run")
     with run.metrics.open("a") as file:
         file.write('{"step": 40, "online_loss": 2.5, "online_top1": 40.0}\n')
@@ -253,11 +260,13 @@ def test_a_run_that_has_only_begun(make: Make) -> None:
     page, text = report.page([run]), report.markdown([run])
     assert "No evaluation has written a result yet." in page
     assert "No evaluation has written a result yet." in text
-    assert Page(page).words("h2") == ["Runs", "Tables 1 to 3 of the paper"]
+    assert "Not begun: 0 steps." in page
+    assert Page(page).words("h2") == ["Summary", "Tables 1 to 3 of the paper", "Config"]
+    assert "## Environment" not in text
     run.metrics.write_text(
         '{"step": 5, "online_knn5_top1": 30.0}\n{"step": 6, "loss": null, "images_per_second": null}\n'
     )
-    assert Page(report.page([run])).words("h2")[1] == "Accuracy while training"
+    assert Page(report.page([run])).words("h2")[1:3] == ["Results", "Accuracy while training"]
 
 
 def test_results_of_every_shape_are_shown(make: Make) -> None:
@@ -280,7 +289,7 @@ def test_results_of_every_shape_are_shown(make: Make) -> None:
     for path in (config_alone.metrics, config_alone.jobs, config_alone.views):
         path.unlink()
     config_alone.config.write_text(config.dump_yaml({"method": {"name": "weights.pth"}, "data": {"root": "x"}}))
-    assert "| epochs | \N{EN DASH} |" in report.markdown([config_alone])
+    assert "weights.pth, \N{EN DASH} epochs" in report.markdown([config_alone])
     assert "weights.pth" in report.page([config_alone])
 
 
@@ -293,7 +302,7 @@ def test_what_files_say_is_escaped(make: Make) -> None:
     for tag in ("script", "b", "i"):
         assert not page.all(tag)
     assert page.words("h1") == [evil]
-    assert f"Run {name}" in ["".join(words) for tag, _, words in page.found if tag == "span"]
+    assert name in page.words("th")
     markdown = report.markdown([run], title=evil, note=evil)
     assert "<script>" not in re.sub("`[^`]*`", "", markdown)
     # Bars do not end a cell: every line of a table has as many as its head.
@@ -348,8 +357,9 @@ def test_runs_of_one_name_are_told_apart(make: Make, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     runs = [make("a/run"), make("b/run", "cifar10/byol"), make("c")]
-    captions = [caption for caption in Page(report.page(runs)).words("span") if caption.startswith("Run ")]
-    assert captions == [f"Run {tmp_path}/a/run", f"Run {tmp_path}/b/run", "Run c"]
+    heads = Page(report.page(runs)).words("th")
+    assert {f"{tmp_path}/a/run", f"{tmp_path}/b/run", "c"} <= set(heads)
+    assert "run" not in heads[1:]
 
 
 def test_without_matplotlib_a_sentence_says_so(make: Make) -> None:
@@ -363,4 +373,171 @@ def test_without_matplotlib_a_sentence_says_so(make: Make) -> None:
     )
     words = [sys.executable, "-c", program, str(run.path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout == "the report needs matplotlib: pip install 'ssl-pipeline[demo]'\n"
+    assert done.stdout == "pictures need matplotlib: pip install 'ssl-pipeline[demo]'\n"
+
+
+# ------------------------------------------------------------------------------------- how it ended, where, with what options
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([("end", {"status": 0, "step": 40})], "finished"),
+        ([("end", {"status": 75, "step": 20})], "stopped by a signal"),
+        ([("end", {"status": 75}), ("start", {"step": 20, "steps": 80, "ranks": 2})], "broken off"),
+        ([("end", {"status": 76})], "ended by an alarm or non-finite numbers"),
+        ([("rank_lost", {"reason": "rank 1"})], "a rank was lost"),
+        ([("failed", {"verb": "pretrain", "status": 9})], "ended with status 9"),
+        ([("end", {"status": 75}), ("failed", {"verb": "knn", "status": 1})], "stopped by a signal"),
+    ],
+)
+def test_the_summary_says_how_it_ended(make: Make, events: list[tuple[str, dict[str, Any]]], state: str) -> None:
+    run = make("run")
+    if state != "finished":
+        run.metrics.write_text(run.metrics.read_text().partition('{"step": 30')[0])
+    for name, values in events:
+        run.record(name, **values)
+    text = report.page([run])
+    assert f"{state[0].upper()}{state[1:]}: " in Page(text).words("p")[1 if "No evaluation" in text else 0]
+    assert f"| {state} |" in report.markdown([run])
+
+
+def test_a_run_that_is_being_written_is_running(make: Make) -> None:
+    run = make("run")
+    run.metrics.unlink()
+    program = (
+        "import sys, time; from pathlib import Path; from ssl_pipeline.run_folder import RunFolder\n"
+        "run = RunFolder(Path(sys.argv[1])); run.open_for_writing(run.read_config()); print('open', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", program, str(run.path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert tables.read(run).state == "running"
+        process.kill()
+
+
+def test_the_numbers_of_the_summary_are_the_runs_own(make: Make) -> None:
+    run = make(
+        "run", linear_probe={"linear_top1": 90.0, "changed": ["epochs=2"]}, linear_probe_random_init={"linear_top1": 30.0},
+        knn_epoch_0100={"knn5_top1": 50.0}, knn={"knn5_top1": 91.0}, detection={"box": {"AP": 38.5}},
+    )  # fmt: skip
+    numbers = {"linear top-1": (90.0, True), "5-nn": (91.0, False), "box AP": (38.5, False)}
+    assert tables.headlines(tables.read(run)) == numbers
+    page = Page(report.page([run]))
+    assert dict(zip(page.words("dt"), page.words("dd"), strict=True)) == {
+        "linear top-1": "† 90.00", "5-nn": "91.00", "box AP": "38.50", "GPU-hours": "0.0167"
+    }  # fmt: skip
+    bare = make("bare")
+    assert tables.headlines(tables.read(bare)) == {"5-nn while training": (31.0, False)}
+
+
+def cells(markdown: str, name: str) -> list[str]:
+    """The cells of a row beside its name."""
+    (line,) = (line for line in markdown.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split(" | ")][1:]
+
+
+def test_configs_are_compared_among_runs_or_with_the_packaged_one(make: Make) -> None:
+    own = ["optim.learning_rate=0.5", "data.root=elsewhere"]
+    one = make("one", "cifar10/simclr", *own)
+    text = report.markdown([one], complete=completed)
+    packaged = config.load("cifar10/simclr").values["optim"]["learning_rate"]
+    assert "What differs from cifar10/simclr, the nearest packaged config" in text
+    assert cells(text, "optim.learning_rate") == [str(packaged), "0.5"]
+    assert "data.root" not in text
+    assert "Equal to the packaged config digits/byol." in report.page([make("two", "digits/byol")], complete=completed)
+    other = make("other", "cifar10/simclr", "seed=3", *own)
+    older = config.load("cifar10/simclr", own).values
+    other.config.write_text(
+        config.dump_yaml(older | {"seed": 3})
+    )  # without the options that it leaves at their defaults
+    text = report.markdown([one, other], complete=completed)
+    section = text.partition("## Config")[2].partition("## Environment")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| ")]
+    assert rows == ["| option", "| ---", "| seed", "| nearest packaged config", "| file"]
+    assert cells(section, "seed") == ["0", "3"]
+    assert cells(section, "nearest packaged config") == ["cifar10/simclr, 1 differ", "cifar10/simclr, 2 differ"]
+    other.config.write_text(one.config.read_text())
+    assert "The configs of all runs are equal." in report.markdown([one, other])
+
+
+def test_the_environment_tells_of_machines_and_restarts(make: Make) -> None:
+    run, other = make("run"), make("other", "cifar10/byol")
+    run.record("end", status=75, step=20)
+    run.record("start", step=20, steps=40, ranks=4, host="node2", versions={"torch": "9.9", "python": "3.11"})
+    run.record("rollback", step=30, to=20)
+    text = report.markdown([run, other])
+    for name, values in {
+        "host": ["node1, then node2", "node1"],
+        "ranks": ["2, then 4", "2"],
+        "version of torch": ["9.9", NONE],
+        "starts": ["2", "1"],
+        "of these from a checkpoint": ["1", NONE],
+        "stopped by a signal": ["1", NONE],
+        "rolled back": ["1", NONE],
+    }.items():
+        assert cells(text.partition("## Environment")[2], name) == values
+
+
+# ------------------------------------------------------------------------------------------------ what analyses have found
+def analysed(points: int = 12) -> dict[str, Any]:
+    """Results of `analyze` and, under `spectrum`, of `spectrum`, as these write them."""
+    eigenvalues = [2.0**-n for n in range(8)]
+    layer = {"count": 100, "dimensions": 8, "rank": 8, "eigenvalues": eigenvalues}
+    histogram = {"edges": [-1.0, 0.0, 1.0], "positive": [1, 3], "negative": [2, 2]}
+    shown = {
+        "cosines": {"representation": histogram | {"positive_mean": 0.5, "negative_mean": 0.0}},
+        "projection": {"axes": ["x", "y"], "points": [[n, -n] for n in range(points)], "labels": [0] * points,
+                       "classes": ["cat"]},
+        "group_norms": [{"name": "last", "groups": "columns", "norms": [2.0, 1.0], "threshold": 0.02, "active": 2}],
+        "spectrum": {"r": layer},
+    }  # fmt: skip
+    numbers = {"representation_rankme": 6.5, "embedding_rankme": 3.25, "head_groups": 2.0, "pictures_measured": 100}
+    return {"analysis": {**numbers, "pictures": shown}, "spectrum": {"split": "val", "r": layer, "z": layer}}
+
+
+def test_analyses_are_drawn_for_light_and_dark(make: Make) -> None:
+    one, other = make("one", **analysed(2000)), make("other", "cifar10/byol", analysis=analysed(2000)["analysis"])
+    for path, width, height in ((one.views, 460, 1828), (one.results / "neighbours.png", 1480, 1740)):
+        noise = np.random.default_rng(0).normal(128, 40, (height // 20, width // 20, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    text = report.page([one, other])
+    assert len(text) < 1.5e6  # so that of four runs it can be mailed
+    heads = [*Page(text).words("h2")]
+    assert heads[5:11] == ["Measures", "Spectra", "Head", "Cosines", "Neighbours", "Projection"]
+    parts = {part: text.partition(f'<section id="{part}">')[2].partition("</section>")[0] for part, *_ in report.PARTS}
+    counts = {part: len(Page(parts[part]).all("picture")) for part in ("spectra", "head", "cosines", "projection")}
+    assert counts == {"spectra": 1, "head": 2, "cosines": 2, "projection": 2}
+    for part in counts:
+        for attributes in Page(parts[part]).all("source"):
+            assert picture(attributes["srcset"]).convert("L").getpixel((0, 0)) < 60
+    assert len(Page(parts["neighbours"]).all("img")) == 1
+    markdown = report.markdown([one, other])
+    assert cells(markdown, "rankme") == ["6.50", "3.25", "6.50", "3.25"]
+    assert cells(markdown, "groups") == ["2", "2"]
+    assert cells(markdown, "one, z") == ["100", "8", "8"]
+    assert cells(markdown, "other, r") == ["100", "8", "8"]
+    assert "results/analysis.json" not in markdown  # it has parts of its own
+
+
+@pytest.mark.parametrize("broken", [{"r": "x"}, {"r": {"eigenvalues": "x"}}, {"r": {"eigenvalues": []}}, {"r": [1]}, 3])
+def test_what_cannot_be_drawn_is_said(make: Make, broken: Any) -> None:
+    pictures = dict.fromkeys(("cosines", "projection", "group_norms"), broken)
+    run = make(
+        "run", spectrum=broken, analysis={"representation_rankme": "x", "head_groups": None, "pictures": pictures}
+    )
+    run.views.write_bytes(b"no picture")
+    page = Page(report.page([run]))
+    captions = page.words("figcaption")
+    assert sum("cannot be drawn" in caption for caption in captions) >= 3
+    assert "run: views.png is no picture" in captions
+
+
+def test_held_out_measures_have_a_panel_each(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(report, "_draw", lambda panels, *_: drawn.extend(panel.label for panel, _ in panels) or PNG)
+    run = make("run")
+    assert report._held_out(tables.groups([run])) == ""
+    with run.metrics.open("a") as file:
+        file.write('{"step": 40, "heldout_rankme": 2.5, "heldout_effective_rank": 2.0, "heldout_odd": null}\n')
+    assert "<picture>" in report._held_out(tables.groups([run]))
+    assert drawn == ["effective rank", "rankme"] * 2  # light and dark

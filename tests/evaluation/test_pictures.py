@@ -1,0 +1,240 @@
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+
+import matplotlib
+import matplotlib.colors
+import matplotlib.text
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from ssl_pipeline.evaluation import pictures
+from ssl_pipeline.evaluation.pictures import DARK, LIGHT, Palette
+
+RNG = np.random.default_rng(0)
+EDGES = np.linspace(-1, 1, 201).tolist()
+NORMS = [*np.linspace(2, 0.3, 20).tolist(), 1e-3, 1e-5, 0.0]
+LAYER = {"name": "head.layers.3", "groups": "columns", "norms": NORMS, "threshold": 0.02, "active": 20}
+
+
+def space(positive: float, negative: float) -> dict:
+    found = {"edges": EDGES, "positive_mean": positive, "negative_mean": negative}
+    for key, mean in (("positive", positive), ("negative", negative)):
+        found[key] = np.histogram(np.clip(RNG.normal(mean, 0.1, 500), -1, 1), EDGES)[0].tolist()
+    return found
+
+
+def projected(classes: int, unlabelled: bool = False) -> dict:
+    labels = np.arange(120) % (classes + 1) - 1
+    return {
+        "points": RNG.normal(size=(120, 2)).tolist(),
+        "labels": [-1] * 120 if unlabelled else labels.tolist(),
+        "classes": []
+        if unlabelled
+        else ["a$name$\n", *(f"class of a long name, number {i}" for i in range(1, classes))],
+        "axes": [
+            "first principal component (31 % of the variance)",
+            "second principal component (9 % of the variance)",
+        ],
+    }
+
+
+def row(query: int, others: list[int], kind: Callable[[int], str | None]) -> dict:
+    found = [{"id": one, "cosine": 0.9 - 0.1 * place, "class": kind(one)} for place, one in enumerate(others)]
+    return {"id": query, "class": kind(query), "neighbours": found}
+
+
+THUMBNAILS = {i: np.full((40, 30 + i, 3), 20 * i, dtype=np.uint8) for i in range(9)} | {3: None}
+ROWS = [
+    row(0, [2, 3, 1], lambda i: "even" if i % 2 == 0 else "odd"),
+    row(5, [4, 6, 7], lambda i: "even" if i % 2 == 0 else "odd"),
+]
+UNLABELLED = [row(0, [2, 3, 1], lambda _: None)]
+EIGENVALUES = {layer: {"eigenvalues": np.geomspace(1, 1e-9, 32).tolist(), "rank": 20} for layer in ("r", "z")}
+
+DRAWN: dict[str, Callable[[Palette], bytes]] = {
+    "group_norms": lambda palette: pictures.group_norms([LAYER, {**LAYER, "name": "head.layers.0"}], palette),
+    "zero head": lambda palette: pictures.group_norms([{**LAYER, "norms": [0.0] * 4, "threshold": 0.0, "active": 0}], palette),
+    "cosines": lambda palette: pictures.cosines({"representation": space(0.8, 0.5), "embedding": space(0.7, 0.0)}, palette),
+    "all alike": lambda palette: pictures.cosines({"representation": space(1.0, 1.0)}, palette),
+    "ten classes": lambda palette: pictures.projection(projected(10), palette),
+    "twenty classes": lambda palette: pictures.projection(projected(20), palette),
+    "no classes": lambda palette: pictures.projection(projected(0, unlabelled=True), palette),
+    "neighbours": lambda palette: pictures.neighbours(ROWS, THUMBNAILS, palette),
+    "unlabelled": lambda palette: pictures.neighbours(UNLABELLED, THUMBNAILS, palette),
+    "spectrum": lambda palette: pictures.spectrum({"run": EIGENVALUES}, palette),
+}  # fmt: skip
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that were drawn."""
+    found: list = []
+    png = pictures.png
+
+    def kept(made: object) -> bytes:
+        found.append(made)
+        return png(made)
+
+    monkeypatch.setattr(pictures, "png", kept)
+    return found
+
+
+def luminance(colour: object) -> float:
+    """Relative luminance of a colour, from 0, black, to 1 (WCAG 2.1)."""
+    rgb = np.asarray(matplotlib.colors.to_rgb(colour))
+    return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: object, other: object) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_pictures_are_whole(name: str, palette: Palette, figures: list) -> None:
+    """Of twice a page's pixels, not blank, on the palette's paper; no words cut off, and none under a legend."""
+    picture = Image.open(io.BytesIO(DRAWN[name](palette))).convert("RGB")
+    assert picture.width == 1480
+    pixels = np.asarray(picture)
+    paper = (255 * np.asarray(matplotlib.colors.to_rgb(palette.paper))).round().astype(np.uint8)
+    share = (pixels != paper).any(axis=2).mean()
+    assert 0.01 < share < 0.95
+    assert (pixels[-1] == paper).all()  # a row of half a pixel would be darker
+    (figure,) = figures
+    figure.set_dpi(pictures.DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    ink = figure.get_tightbbox(renderer)  # of all that is drawn, in inches
+    assert min(ink.x0, ink.y0) > -0.005
+    assert ink.x1 < figure.get_figwidth() + 0.005
+    assert ink.y1 < figure.get_figheight() + 0.005
+    for axes in figure.axes:
+        if axes.get_legend() is not None:
+            legend = axes.get_legend().get_window_extent(renderer)
+            assert not legend.overlaps(axes.xaxis.label.get_window_extent(renderer))
+            assert not legend.overlaps(axes.get_window_extent(renderer))
+        if name not in ("neighbours", "unlabelled"):
+            assert axes.get_xlabel()
+            assert axes.get_ylabel()
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_nothing_is_told_by_colour_alone(palette: Palette, figures: list) -> None:
+    for colour in (palette.ink, palette.faint, *palette.lines):
+        assert contrast(colour, palette.paper) >= 3.5, colour
+    for words in (palette.ink, palette.faint, palette.link):
+        assert contrast(words, palette.paper) >= 4.5
+    with pictures.figure(4, 3, palette) as made:
+        lines = [made.subplots().plot([0, 1])[0]]
+        lines += [made.axes[0].plot([0, 1])[0] for _ in range(69)]
+    looks = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines]
+    assert len(set(looks)) == 70
+    assert len({dashes for _, dashes in looks[:7]}) == 7
+    DRAWN["twenty classes"](palette)
+    DRAWN["ten classes"](palette)
+    twenty, ten = ([c for c in figure.axes[0].collections if str(c.get_label()).startswith(" ")] for figure in figures)
+    for clouds in (twenty, ten):
+        shapes = {(c.get_paths()[0].vertices.tobytes(), len(c.get_facecolor())) for c in clouds}  # hollow: no face
+        assert len(shapes) == len(clouds)
+    assert (len(ten), len(twenty)) == (10, 20)
+    assert len({tuple(c.get_facecolor()[0]) for c in ten}) == 10
+    DRAWN["group_norms"](palette)
+    strong, weak = figures[-1].axes[0].patches
+    assert contrast(strong.get_facecolor()[:3], palette.rule) >= 2
+    assert weak.get_hatch()
+    DRAWN["cosines"](palette)
+    negative, positive = figures[-1].axes[0].patches
+    assert (negative.get_fill(), positive.get_fill()) == (True, False)
+    assert contrast(negative.get_facecolor()[:3], positive.get_edgecolor()[:3]) >= 2
+    means = figures[-1].axes[0].lines
+    assert len({line.get_linestyle() for line in means}) == 2
+
+
+def test_neighbours_of_the_class_have_a_mark_and_a_frame(figures: list) -> None:
+    pictures.neighbours(ROWS, THUMBNAILS)
+    pictures.neighbours(UNLABELLED, THUMBNAILS)
+    words = [text.get_text() for text in figures[0].axes[0].texts]
+    yes, no = pictures.MARK, pictures.NO_MARK
+    assert yes != no
+    found = [word.split() for word in words if word[0].isdigit()]
+    assert found == [["0.90", yes], ["0.80", no], ["0.70", no], ["0.90", no], ["0.80", no], ["0.70", yes]]
+    assert words.count("unreadable") == 1
+    frames = figures[0].axes[0].patches
+    assert [frame.get_linestyle() for frame in frames] == ["solid", "solid", ":", ":", "solid", ":", ":", "solid"]
+    assert len(figures[0].axes[0].images) == 7
+    bare = [text.get_text() for text in figures[1].axes[0].texts]
+    assert bare == ["query", "nearest by cosine, the nearest first", "0.90", "unreadable", "0.80", "0.70"]
+    assert {frame.get_linestyle() for frame in figures[1].axes[0].patches} == {"solid"}
+
+
+def test_bars_are_the_norms(figures: list) -> None:
+    pictures.group_norms([LAYER])
+    strong, weak = figures[0].axes[0].patches
+    assert [*strong.get_data().values, *weak.get_data().values] == NORMS
+    assert (strong.get_data().edges[0], weak.get_data().edges[0]) == (0.5, 20.5)
+    bottom, top = figures[0].axes[0].get_ylim()
+    assert bottom < 1e-5
+    assert top > 2
+    assert figures[0].axes[0].lines[0].get_ydata() == [0.02, 0.02]
+
+
+def test_histograms_are_shares_of_the_pairs(figures: list) -> None:
+    counts = [0] * 200
+    pairs = {"edges": EDGES, "positive": [*counts[:198], 3, 1], "negative": [1, 1, *counts[2:]],
+             "positive_mean": 0.985, "negative_mean": -0.99}  # fmt: skip
+    pictures.cosines({"embedding": pairs})
+    negative, positive = figures[0].axes[0].patches
+    assert positive.get_data().values.tolist() == [75.0, 25.0]
+    np.testing.assert_allclose(positive.get_data().edges, [0.98, 0.99, 1.0])
+    assert negative.get_data().values.tolist() == [50.0, 50.0]
+
+
+def test_matplotlib_is_left_as_it_was() -> None:
+    """And what a user sets there changes no picture."""
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "text.usetex": True, "figure.dpi": 7}):
+        held = dict(matplotlib.rcParams)
+        twice = [pictures.group_norms([LAYER]) for _ in range(2)]
+        assert dict(matplotlib.rcParams) == held
+    assert twice[0] == twice[1] == pictures.group_norms([LAYER])
+    with pytest.raises(ZeroDivisionError), pictures.figure(1, 1):
+        1 / 0  # noqa: B018
+    assert matplotlib.rcParams["text.parse_math"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.01, "0.01"), (1, "1"), (1000, "1000"), (1e4, "10⁴"), (1e-3, "10⁻³"), (1e-12, "10⁻¹²"), (0, "0")],
+)
+def test_numbers_of_a_logarithmic_axis(value: float, said: str) -> None:
+    with pictures.figure(2, 2) as made:
+        axes = made.subplots()
+        pictures.log_scale(axes, "x")
+        assert axes.xaxis.get_major_formatter()(value, 0) == said
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+
+
+def test_without_a_display_and_without_matplotlib() -> None:
+    script = (
+        "import sys\nfrom ssl_pipeline.evaluation import pictures\nfrom ssl_pipeline.exits import BadInput\n"
+        "assert 'matplotlib' not in sys.modules\n{}\n"
+        "layer = {{'name': 'a', 'groups': 'rows', 'norms': [1.0], 'threshold': 0.01, 'active': 1}}\n"
+        "try:\n    print(len(pictures.group_norms([layer])) > 1000, 'matplotlib.pyplot' in sys.modules)\n"
+        "except BadInput as error:\n    print(error)\n"
+    )
+    for lines, said in (
+        ("", "True False\n"),
+        ("sys.modules['matplotlib'] = None", "pictures need matplotlib: pip install 'ssl-pipeline[demo]'\n"),
+    ):
+        code = script.format(lines)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": ":".join(sys.path)},
+            check=False,
+        )
+        assert done.stdout == said, done.stderr

@@ -1,0 +1,5 @@
+"""`ssl-pipeline spectrum` as a file. See `--help`."""
+
+from ssl_pipeline.cli import tool
+
+tool("spectrum")
