@@ -1,6 +1,7 @@
 """What a grid of heads and the online probe cost, each beside the same step without it, interleaved; medians.
 
-python benchmarks/evaluation.py            # four minutes on two cores
+python benchmarks/evaluation.py                        # four minutes on two cores
+python benchmarks/evaluation.py --data data/cifar10    # what measures of held-out pictures cost while training
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from ssl_pipeline import __version__, config, distributed
 from ssl_pipeline import backbone as backbones
-from ssl_pipeline.data.index import Index
+from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.evaluation import online, probe, supervised
 from ssl_pipeline.pretrain import PretrainConfig, build_method
 
@@ -76,7 +77,7 @@ def probe_online(name: str, batch: int, size: int, classes: int, rounds: int) ->
     method = build_method(options).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     index = Index(Path(), (), np.zeros(0, dtype=np.int64), tuple(str(number) for number in range(classes)))
     width = backbones.width(method.backbone)
-    measured = online.Online(online.Options(), options.data, width, options.backbone, index, None, 0, world)
+    measured = online.Online(online.Options(), options.data, width, options.backbone, index, (None, None), 0, world)
     views = [
         torch.randn(batch, 3, size, size, device=world.device).contiguous(memory_format=torch.channels_last)
         for _ in range(2)
@@ -101,16 +102,54 @@ def probe_online(name: str, batch: int, size: int, classes: int, rounds: int) ->
     )
 
 
+def held_out(name: str, data: Path, rounds: int) -> None:
+    """The share of an epoch that the measures of held-out pictures take: reading, forward passes and measures, against
+    steps of as many pictures as the training set has (forward, backward; neither reading nor the optimizer).
+    """
+    world = distributed.start()
+    chosen = [f"data.root={data}", "online.linear=false", "online.measures_every_epochs=1"]
+    options = config.validate(PretrainConfig, config.load(name, chosen).values)
+    method = build_method(options).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    index, batch, width = read_index(data / "train"), options.data.batch_size, backbones.width(method.backbone)
+    val = online.validation_pictures(options.online, options.data)
+    measured = online.Online(options.online, options.data, width, options.backbone, index, val, 0, world)
+    size = options.data.views[0].size
+    views = [
+        torch.randn(batch // 4, 3, size, size, device=world.device).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
+
+    def quarter() -> None:
+        with torch.autocast(world.device.type, dtype=torch.bfloat16):
+            method(views).loss.backward()
+        method.zero_grad()
+
+    look = {"step": quarter, "look": lambda: measured.look(1, method.evaluated_backbone(), method.head)}
+    seconds = interleaved(look, rounds, world.device)
+    epochs = [4 * step * (len(index) // batch) for step in seconds["step"]]
+    shares = [100 * a / b for a, b in zip(seconds["look"], epochs, strict=True)]
+    print(
+        f"| {name}, {len(index)} pictures, {options.online.measures_pictures} held out | {statistics.median(epochs):.0f} s | "
+        f"{statistics.median(seconds['look']):.1f} s | {statistics.median(shares):.2f} % | "
+        f"{min(shares):.2f} to {max(shares):.2f} % |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64, help="of the grid")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as prepare-data lays it out: held-out measures alone")
     args = parser.parse_args()
     device = distributed.start().device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(
         f"{where}, {platform.machine()}; torch {torch.__version__}, timm {timm.__version__}, ssl_pipeline {__version__}\n"
     )
+    if args.data:
+        print("| pretraining | an epoch | held-out measures | their share | spread |\n|---|---|---|---|---|")
+        held_out("cifar10/simclr", args.data, args.rounds)
+        return
     print(
         f"| linear probe, ResNet-50 at 224 px, batch {args.batch} | step | ratio to 1 head | spread |\n|---|---|---|---|"
     )

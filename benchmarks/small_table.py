@@ -130,17 +130,21 @@ def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
     run = work / f"{row.config.replace('/', '_')}_{row.seed}_{key}"
     verb("pretrain", row.config, *row.overrides, f"data.root={data}", "--output", run)
     logged = read_lines(run / "metrics.jsonl")
-    # From the logged rates, which a stop and a restart leave whole; the row before the clock first ran has none.
-    steps = [b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *logged])]
     batch = config.load(row.config, row.overrides).values["data"]["batch_size"]
-    seconds = sum(
-        n * batch / r["images_per_second"] for n, r in zip(steps, logged, strict=True) if r["images_per_second"]
-    )
     return {
         "label": row.label, "seed": row.seed, "config": key, "commit": made_by, "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(seconds), **scores(run), "run": str(run),
+        "seconds": seconds(logged, batch), **scores(run), "run": str(run),
         "loss": logged[-1].get("loss_before_inner", logged[-1]["loss"]), "embedding_std": logged[-1]["embedding_std"],
     }  # fmt: skip
+
+
+def seconds(logged: list[dict[str, Any]], batch: int) -> int:
+    """Of pretraining, from the logged rates, which a stop and a restart leave whole."""
+    steps = [b["step"] - a["step"] for a, b in itertools.pairwise([{"step": 0}, *logged])]
+    # The row before the clock first ran has no rate.
+    return round(
+        sum(n * batch / r["images_per_second"] for n, r in zip(steps, logged, strict=True) if r["images_per_second"])
+    )
 
 
 def machine() -> str:

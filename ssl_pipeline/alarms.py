@@ -60,11 +60,11 @@ class Rule:
 RULES = (
     Rule("embedding_std_below", "embedding_std", -1, 1, "the embeddings collapse to a point: {collapse}"),
     Rule("embedding_rank_below", "embedding_rank", -1, 1, "the embeddings collapse to a line: {collapse}"),
-    Rule("loss_above", "loss", 1, 0, "the run diverges: try a lower optim.learning_rate or a longer warm-up"),
-    Rule("loss_rise", "loss", 1, 0, "the run diverges: try a lower optim.learning_rate or a longer warm-up"),
+    Rule("loss_above", "loss", 1, 0, "the run diverges: try a lower optim.learning_rate or more optim.warmup_epochs"),
+    Rule("loss_rise", "loss", 1, 0, "the run diverges: try a lower optim.learning_rate or more optim.warmup_epochs"),
     Rule("gradient_norm_above", "gradient_norm", 1, 0,
-         "the gradient explodes: try a lower optim.learning_rate, a longer warm-up, or precision=fp32 to see whether it is "
-         "rounding"),
+         "the gradient explodes: try a lower optim.learning_rate, more optim.warmup_epochs, or precision=fp32 to see whether "
+         "it is rounding"),
     Rule("loss_over_ln_k_above", "loss_over_ln_k", 1, 10,
          "the prototypes are all alike to every picture: try method.epsilon=0.03, a larger "
          "method.freeze_prototypes_steps, or a lower optim.learning_rate", "swav"),
@@ -72,9 +72,9 @@ RULES = (
          "the embeddings of a slice do not span its dimensions: try a larger method.w_size, a smaller head.output, or "
          "method.epsilon above 0", "w_mse"),
     Rule("inactive_groups_above", "head_groups_inactive", 1, 0,
-         "hardly a group of the head is left: try a lower head.sparse.weight, or head.sparse.schedule=adaptive"),
+         "hardly a group of the head has any weight left: try a lower head.sparse.weight, or head.sparse.schedule=adaptive"),
     Rule("least_weight", "sparse_weight", -1, 0,
-         "it cannot fall further and the head is sparser than head.sparse.target: raise the target", "adaptive"),
+         "it cannot fall further and the head is sparser than head.sparse.target: try a lower target", "adaptive"),
     Rule("most_weight", "sparse_weight", 1, 0,
          "it cannot rise further and the head is less sparse than head.sparse.target: try "
          "head.sparse.mode=scale_invariant, or a higher target", "adaptive"),
@@ -124,16 +124,19 @@ class Alarms:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self.first_loss, self._held = state.get("first_loss"), dict(state.get("held", {}))
+        first = state.get("first_loss")
+        self.first_loss = None if first is None else float(first)
+        self._held = {option: [int(held), int(since)] for option, (held, since) in state.get("held", {}).items()}
 
     def look(self, step: int, epoch: int, values: Mapping[str, float | None]) -> NonFinite | None:
         """Warn of what has held for `patience` logged steps, again after twice, four times as many, and of its end.
 
-        `values` are those logged at `step`. Returns what to end the run with where an alarm shall.
+        `values` are those logged at `step`. Returns, in the place of the warning, what to end the run with where an alarm
+        shall.
         """
         if self.first_loss is None:
             self.first_loss = values.get("loss")
-        stop = None
+        stops = []
         for rule, given in self.rules.items():
             value = values.get(rule.key)
             if value is None or epoch < rule.epochs:
@@ -152,10 +155,16 @@ class Alarms:
             side = "above" if rule.sign > 0 else "below"
             cause = rule.cause.format(collapse=COLLAPSE.get(self.method, "try a lower optim.learning_rate"))
             seen = f"{rule.key} is {value:.4g}, {side} {threshold:.4g} since step {since}: {cause}"
-            if distributed.rank() == 0:
+            if self.options.stop:
+                stops.append(seen)
+            elif distributed.rank() == 0:
                 log.warning("%s", seen)
-            stop = stop or seen
-        return NonFinite(f"{stop}; stopped by alarms.stop") if stop and self.options.stop else None
+        if not stops:
+            return None
+        return NonFinite(
+            f"{'; '.join(stops)}; ended by alarms.stop: begin anew with that and another --output, or go on as it is with "
+            "alarms.stop=false"
+        )
 
     def _threshold(self, rule: Rule, given: float) -> float:
         if rule.option != "loss_rise":

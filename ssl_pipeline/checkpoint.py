@@ -27,6 +27,7 @@ import copy
 import errno
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -41,12 +42,20 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline import config, distributed
-from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.exits import BadInput, Stop, StorageFailure
 from ssl_pipeline.run_folder import checkpoint_file, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
 
 FORMAT = 1
+
+NOT_FLUSHED = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+)
+"""What file systems answer that cannot flush a folder (FUSE, NFS, SMB); of a disk that failed, EIO and ENOSPC tell."""
+
+UNLISTED = "it is damaged: the list of its parts has changed since it was written"
+"""Of a file by whose list nothing can be found in it."""
 
 
 class Options(config.Options):
@@ -217,10 +226,11 @@ def write(folder: Path, state: dict[str, Any], keep: int) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise StorageFailure.of(f"checkpoint {target}", error) from None
+    if state.get("monitor", {}).get("in_a_row"):
+        return target  # what is older may be the last good one
     try:
         there = [step for step in saved_steps(folder) if step <= state["step"]]
-        # Steps are being skipped: what is older may be the last good one.
-        for old in [] if state.get("monitor", {}).get("in_a_row") else there[:-keep]:
+        for old in there[:-keep]:
             checkpoint_file(folder, old).unlink(missing_ok=True)
     except OSError as error:
         log.warning("checkpoints before the newest %d stay: %s", keep, error)
@@ -233,6 +243,16 @@ def remove_after(folder: Path, step: int) -> None:
         for newer in saved_steps(folder):
             if newer > step:
                 checkpoint_file(folder, newer).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageFailure.of(f"to {folder}", error) from None
+
+
+def remove_backbones_after(folder: Path, epoch: int) -> None:
+    """Remove the bare backbones of epochs after `epoch`, whose weights the run no longer has. Raises StorageFailure."""
+    try:
+        for file in folder.glob("epoch_*.*"):
+            if (number := file.stem.removeprefix("epoch_")).isdecimal() and int(number) > epoch:
+                file.unlink()
     except OSError as error:
         raise StorageFailure.of(f"to {folder}", error) from None
 
@@ -252,14 +272,17 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in `folder` last through a power cut, where its file system can."""
+    descriptor = None
     try:
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system on which folders are not flushed
+        if error.errno not in NOT_FLUSHED:
             raise
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -268,34 +291,74 @@ def read(file: Path) -> dict[str, Any]:
     Raises StorageFailure where the storage does not give it: that says nothing of the file.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            if sum(part.file_size for part in archive.infolist()) > file.stat().st_size:
-                raise ValueError("it is compressed, and not by this tool")
-            damaged = archive.testzip() or next(
-                # torch takes a part marked as a folder for an empty one, and leaves its tensor uninitialised.
-                (part.filename for part in archive.infolist() if part.external_attr),
-                None,
-            )
-        if damaged:
-            raise ValueError(f"its part {damaged} is damaged")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except ValueError:
-        raise
+        reason = _damage(file)
+        state = None if reason else torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a place outside the file, which its directory named
-            raise ValueError(f"it cannot be read: {error}") from None
-        raise StorageFailure(
-            f"cannot read checkpoint {file}: {error.strerror}; the same command goes on once it can"
-        ) from None
-    except Exception as error:
-        raise ValueError(
-            f"it cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from None
+        if error.errno not in (None, errno.EINVAL):
+            raise StorageFailure(
+                f"cannot read checkpoint {file}: {error.strerror}; the same command goes on once it can"
+            ) from None
+        reason = UNLISTED  # by which it was sent to a place outside the file
+    except Exception as error:  # many types
+        foreign = type(error).__name__ == "UnpicklingError"  # torch's own words tell how to load it all the same
+        reason = f"it cannot be read: {'it holds more than tensors and plain values' if foreign else _reason(error)}"
+    if reason:
+        raise ValueError(reason)
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("step"), int):
         raise ValueError("it is not a checkpoint of this tool")
     if file != checkpoint_file(file.parent, state["step"]):
         raise ValueError(f"it is the checkpoint of step {state['step']}")
     return state
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a file as an archive of torch, in words; empty if nothing is. Raises OSError."""
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > size:
+                return "it is compressed, and not by this tool"
+            altered = archive.testzip()
+    except OSError:
+        raise
+    except zipfile.BadZipFile:  # the list of its parts is not at its end
+        return f"it is cut short or not a checkpoint ({size:,} bytes)"
+    except Exception:  # many types
+        return UNLISTED
+    if altered:
+        return f"it is damaged: bits of its part {altered} have changed since it was written"
+    # torch takes a part marked as a folder for an empty one, and leaves its tensor uninitialised.
+    marked = next((part.filename for part in parts if part.external_attr), None)
+    return f"it is damaged: its part {marked} is not as torch writes it" if marked else ""
+
+
+def _reason(error: Exception) -> str:
+    """The first line or sentence of what an exception says; torch's go on for long, and others repeat what they were given."""
+    return re.split(r"\n|\. ", str(error))[0][:200] or type(error).__name__
+
+
+def put_back(state: dict[str, Any], entry: str, load: Callable[[Any], object], optional: bool = False) -> None:
+    """`load` one entry of a checkpoint, {} in the place of an `optional` one that is not there.
+
+    Raises BadInput where that fails: on what an older version wrote, or somebody edited.
+    """
+    try:
+        load(state.get(entry, {}) if optional else state[entry])
+    except (Stop, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # many types: no entry has a schema
+        if entry not in state:
+            reason = f"it has no {entry}"
+        elif isinstance(error, KeyError):
+            reason = f"its {entry} has no {_reason(error)}"
+        else:
+            reason = f"its {entry} does not fit: {_reason(error)}"
+        name = checkpoint_file(Path(), state["step"]).name
+        raise BadInput(
+            f"the checkpoint of step {state['step']} cannot be gone on from: {reason}; move {name} away, and the same "
+            "command goes on from the one before"
+        ) from None
 
 
 def worth_going_back_to(state: dict[str, Any]) -> int:
@@ -315,25 +378,29 @@ def read_newest(folder: Path, worth: Callable[[dict[str, Any]], int] = lambda _:
 
     A damaged one is named and the next older one taken. Raises BadInput where every one is damaged.
     """
-    reasons: list[str] = []
-    second: dict[str, Any] | None = None
-    others = False
+    damaged: dict[Path, str] = {}
+    best: dict[str, Any] | None = None
+    most, sound = 0, False
     for step in reversed(saved_steps(folder)):
         file = checkpoint_file(folder, step)
         try:
             state = read(file)
-            if worth(state) == 2:
-                return state
-            others = True
-            second = second or (state if worth(state) else None)
         except ValueError as error:
-            log.warning("checkpoint %s is not used: %s", file, error)
-            reasons.append(f"{file.name}: {error}")
-    if reasons and not others:
-        raise BadInput(
-            f"no checkpoint in {folder} can be used ({'; '.join(reasons)}); move them away to start from step 0"
-        )
-    return second
+            damaged[file] = str(error)
+            continue
+        sound = True
+        if worth(state) > most:
+            best, most = state, worth(state)
+        if most == 2:
+            break
+    if damaged and not sound:
+        reasons = "; ".join(f"{file.name}: {reason}" for file, reason in damaged.items())
+        raise BadInput(f"no checkpoint in {folder} can be used ({reasons}); move them away to start from step 0")
+    for file, reason in damaged.items():
+        used = checkpoint_file(folder, best["step"]) if best else None
+        instead = f"{used.name} ({used.stat().st_size:,} bytes)" if used else "none of the others"
+        log.warning("checkpoint %s is not used: %s; %s is used instead", file, reason, instead)
+    return best
 
 
 def read_together(folder: Path, worth: Callable[[dict[str, Any]], int] = lambda _: 2) -> dict[str, Any] | None:
@@ -346,13 +413,15 @@ def read_together(folder: Path, worth: Callable[[dict[str, Any]], int] = lambda 
     step = distributed.gather_json(state["step"] if state else None)[0]
 
     def read_too() -> dict[str, Any] | None:
+        if main:
+            return state
         file = checkpoint_file(folder, step)
-        for _ in () if main else range(10):  # a shared folder shows a new file late
+        for _ in range(10):  # a shared folder shows a new file late
             if file.exists():
                 break
             time.sleep(1)
         try:
-            return state if main else read(file)
+            return read(file)
         except ValueError as error:
             raise BadInput(
                 f"{file} can be read by rank 0 and not here: {error}; is the folder on a shared disk?"
@@ -376,8 +445,11 @@ def require_room(folder: Path, needed: int) -> int:
     """Free bytes on the folder's disk. Raises StorageFailure where it cannot hold `needed` bytes more."""
     free = shutil.disk_usage(folder).free
     if free < needed:
+        has, needs = (f"{count / 1e6:,.1f} MB" for count in (free, needed))
+        if has == needs:
+            has, needs = (f"{count:,} bytes" for count in (free, needed))
         raise StorageFailure(
-            f"the disk of {folder} has {free / 1e6:.0f} MB free and the checkpoints of this run need {needed / 1e6:.0f} MB: "
+            f"the disk of {folder} has {has} free and the checkpoints of this run need {needs}: "
             "free room, lower checkpoint.keep, or name another output"
         )
     return free

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -81,12 +81,14 @@ class _Evaluation:
     preset: str = ""
     semi_supervised: Any = None
     """evaluation.semi_supervised.Options"""
+    analysis: Any = None
+    """evaluation.analysis.Options"""
 
 
 def _evaluation(args: argparse.Namespace) -> _Evaluation:
     """All that can be checked of an evaluation before it runs has been. Raises BadInput."""
     from ssl_pipeline import config
-    from ssl_pipeline.evaluation import features, linear, logistic, probe, semi_supervised
+    from ssl_pipeline.evaluation import analysis, features, linear, logistic, probe, semi_supervised
 
     run = _run_of(args.source)
     own = [text.removeprefix("recipe.") for text in args.overrides if text.startswith("recipe.")]
@@ -111,7 +113,8 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     source = features.options(args.source, tree.values if tree else None, args.random_init)
     values: Any = tree.values if tree else {}
     if args.data is not None:
-        lacking = [split for split in ("train", "val") if not (args.data / split).is_dir()]
+        needed = (args.split,) if args.verb == "analyze" else ("train", "val")
+        lacking = [split for split in needed if not (args.data / split).is_dir()]
         if lacking:
             raise BadInput(
                 f"--data {str(args.data)!r} has no folder {' and no '.join(lacking)}: give one laid out as train/<class>/ and "
@@ -127,6 +130,17 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
         if own:
             raise BadInput(f"knn has no recipe.{own[0]}: it takes --k and --temperature")
         return _Evaluation(source, into, verb + (f"_k{args.k}" if args.k != 5 else "") + end)
+    if args.verb == "analyze":
+        if own:
+            raise BadInput(f"analyze has no recipe.{own[0]}: it takes --pictures, --projection and --split")
+        made = {
+            "features": source,
+            "run": args.source if args.source.is_dir() and not args.random_init else None,
+            "views": values.get("data", {}).get("views"),
+            **{key: getattr(args, key) for key in ("pictures", "projection", "split")},
+        }
+        name = "analysis" + (f"_{args.split}" if args.split != "val" else "") + end
+        return _Evaluation(source, into, name, analysis=config.validate(analysis.Options, made))
 
     def recipe(model, folder, preset):  # type: ignore[no-untyped-def]
         tree = config.Tree()
@@ -315,6 +329,101 @@ def semi_supervised(args: argparse.Namespace) -> int:
     return _tell(args, asked, result)
 
 
+def spectrum(args: argparse.Namespace) -> int:
+    """eigenvalue spectra of representations and embeddings, a curve a run and layer: the paper's figures 1 and 3"""
+    from ssl_pipeline import distributed
+    from ssl_pipeline.evaluation import spectrum
+    from ssl_pipeline.run_folder import checkpoint_file
+
+    if not distributed.start().is_main:
+        logging.getLogger("ssl_pipeline").setLevel(logging.WARNING)
+    asked = distributed.together(lambda: _spectra(args))
+    results: dict[str, dict[str, Any]] = {}
+    for name, (options, into, file) in asked.items():
+        result = results[name] = spectrum.run(options)
+        if distributed.rank() == 0:
+            print("\n".join([*([f"{name}:"] if len(asked) > 1 else []), *spectrum.told(result)]))
+        if into is not None:
+            seen = options.features
+            if options.run is not None:
+                seen = seen.model_copy(update={"weights": str(checkpoint_file(into.checkpoints, result["step"]))})
+            _tell(args, _Evaluation(seen, into, file), result)
+            if distributed.rank() == 0:
+                spectrum.write_table({name: result}, into.results / f"{file}.csv")
+    if distributed.rank() == 0:
+        _, into, file = next(iter(asked.values()))
+        own = into if len(asked) == 1 else None
+        folder = args.output or (own.results if own is not None else Path())
+        plain = file if len(asked) == 1 else "spectrum" + (f"_{args.split}" if args.split != "val" else "")
+        spectrum.write_table(results, folder / f"{plain}.csv")
+        spectrum.write_picture(results, folder / f"{plain}.png")
+        print(f"written to {folder / plain}.png and .csv")
+    return Status.DONE
+
+
+def _spectra(args: argparse.Namespace) -> dict[str, tuple[Any, RunFolder | None, str]]:
+    """Of each source, by the name of its curves: (evaluation.spectrum.Options, whose results/, name of the result).
+
+    All that can be checked before any of them is measured has been. Raises BadInput.
+    """
+    from ssl_pipeline import config
+    from ssl_pipeline.evaluation import features, spectrum
+
+    words = [*args.sources, *args.overrides]
+    args.overrides = [text for text in words if re.match(r"data\.[\w.]+=", text)]
+    sources = [Path(text) for text in words if text not in args.overrides]
+    if Path(args.split).name != args.split:
+        raise BadInput(f"--split {args.split!r} is no name of a folder below data.root: give val or train, say")
+    names = [source.resolve().name for source in sources]
+    names = [name if names.count(name) == 1 else str(source) for name, source in zip(names, sources, strict=True)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise BadInput(f"{twice[0]!r} is given twice: name each run once")
+    asked: dict[str, tuple[Any, RunFolder | None, str]] = {}
+    for name, source in zip(names, sources, strict=True):
+        run = _run_of(source)
+        tree = None
+        if run is not None:
+            run.require_own()
+            tree = config.Tree()
+            tree.merge(run.read_config(), str(run.config))
+            config.apply_overrides(tree, args.overrides)
+        elif args.config is not None:
+            tree = config.load(args.config, args.overrides)
+        options = config.validate(
+            spectrum.Options,
+            {
+                "features": features.options(source, tree.values if tree else None),
+                "run": source if source.is_dir() else None,
+                "split": args.split,
+            },
+        )
+        ending = (f"_{args.split}" if args.split != "val" else "") + (f"_{source.stem}" if source.is_file() else "")
+        asked[name] = (options, run, f"spectrum{ending}")
+    return asked
+
+
+def analyze(args: argparse.Namespace) -> int:
+    """numbers and pictures of a representation and its head: spectra, cosines, group norms, neighbours, a projection"""
+    from ssl_pipeline import distributed
+    from ssl_pipeline.evaluation import analysis, pictures
+    from ssl_pipeline.run_folder import RunFolder, checkpoint_file
+
+    asked = _begin(args)
+    pictures.require_matplotlib()
+    found = analysis.run(asked.analysis)
+    if asked.analysis.run is not None:
+        weights = checkpoint_file(RunFolder(asked.analysis.run).checkpoints, found.result["step"])
+        asked = replace(asked, features=asked.features.model_copy(update={"weights": str(weights)}))
+    elif distributed.rank() == 0:
+        print("no head: the representation alone")
+    _tell(args, asked, found.result)
+    if asked.into is not None and distributed.rank() == 0:
+        for path in found.write(asked.into.results, asked.name.removeprefix("analysis")):
+            print(f"written to {path}")
+    return Status.DONE
+
+
 def _weights(args: argparse.Namespace) -> Any:
     """The backbone that is to go out: export.Source."""
     from ssl_pipeline import config, export
@@ -397,10 +506,23 @@ def _detection(args: argparse.Namespace, ranks: int) -> tuple[Any, RunFolder, st
 def report(args: argparse.Namespace) -> int:
     """write report.html and report.md: results of one run or several, beside the paper's tables"""
     from ssl_pipeline.evaluation import report
+    from ssl_pipeline.pretrain import completed
     from ssl_pipeline.run_folder import RunFolder
 
-    for path in report.write([RunFolder(run) for run in args.runs], args.output):
+    for path in report.write([RunFolder(run) for run in args.runs], args.output, complete=completed):
         print(path)
+    return Status.DONE
+
+
+def compare(args: argparse.Namespace) -> int:
+    """what two runs differ in: config, versions, devices, pictures, and the step at which their metrics part"""
+    from ssl_pipeline.evaluation import compare
+    from ssl_pipeline.pretrain import completed
+    from ssl_pipeline.run_folder import RunFolder
+
+    found = compare.compare([RunFolder(run) for run in args.runs], completed, args.tolerance)
+    text = json.dumps(found, indent=2) if args.json else compare.described(found)
+    print("\n".join(map(printable, text.split("\n"))))
     return Status.DONE
 
 
@@ -464,7 +586,12 @@ def launch(args: argparse.Namespace) -> int:
         raise BadInput(f"{inner.verb!r} is no job; launch pretrain, report, {', '.join(launch.VERBS)}")
     if inner.verb == "report" and resources.ranks > 1:
         raise BadInput("report is one process: give --nodes 1 and at most --gpus-per-node 1")
-    source = inner.output if inner.verb == "pretrain" else inner.runs[0] if inner.verb == "report" else inner.source
+    source = (
+        inner.output if inner.verb == "pretrain"
+        else inner.runs[0] if inner.verb == "report"
+        else Path(inner.sources[0]) if inner.verb == "spectrum"
+        else inner.source
+    )  # fmt: skip
     variants = _variants(args.array)
     if variants and inner.verb != "pretrain":
         raise BadInput("--array varies the options of pretraining")
@@ -485,6 +612,8 @@ def launch(args: argparse.Namespace) -> int:
     else:
         if inner.verb == "report":
             RunFolder(source).read_config()
+        elif inner.verb == "spectrum":
+            _spectra(inner)
         else:
             asked = (
                 None if inner.verb == "train-detectron2" else _evaluation(inner)
@@ -689,7 +818,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--explain", action="store_true", help="every value with the file that it came from")
     verb.add_argument("--ranks", type=int, default=1, help="number of processes to compute the per-rank batch for")
 
-    for name, action in (("knn", knn), ("linear-probe", linear_probe), ("semi-supervised", semi_supervised)):
+    for name, action in (
+        ("knn", knn),
+        ("linear-probe", linear_probe),
+        ("semi-supervised", semi_supervised),
+        ("analyze", analyze),
+    ):
         verb = add(name, action)
         verb.add_argument("source", type=Path, help="a run folder, a file of weights, or timm:NAME or torchvision:NAME")
         add_overrides(verb)
@@ -710,11 +844,35 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--preset", help="of the protocol imagenet: a method's name or a YAML file (default: the run's)"
             )
+        elif action is analyze:
+            verb.add_argument(
+                "--pictures", type=int, default=1000, metavar="N", help="seen in two augmented views (default 1000)"
+            )
+            verb.add_argument(
+                "--projection", choices=("pca", "tsne"), default="pca", help="to two dimensions (default pca)"
+            )
+            verb.add_argument("--split", choices=("val", "train"), default="val", help="which pictures (default val)")
         else:
             verb.add_argument("--percent", type=float, required=True, help="of train that keeps its labels: 1 or 10")
             verb.add_argument("--list", type=Path, metavar="FILE", help="names of the labelled pictures, one a line")
             verb.add_argument("--preset", help="a method's name or a YAML file (default barlow_twins)")
             verb.add_argument("--sweep", action="store_true", help="choose the rates on a held-out part of the labels")
+
+    verb = add("spectrum", spectrum)
+    verb.add_argument(
+        "sources",
+        nargs="+",
+        metavar="RUN",
+        help="run folders; of a bare backbone, as RUN/backbone.pth, r alone is measured; data.key=value changes where "
+        "pictures are",
+    )
+    verb.add_argument("--split", default="val", help="folder of the data set to measure on (default val)")
+    verb.add_argument("--config", help="config with data set and evaluation view, for weights that are of no run")
+    verb.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of the plot and its CSV (default: the run's results/; of several "
+        "runs, this folder)",
+    )  # fmt: skip
+    verb.set_defaults(overrides=[])
 
     def add_source(verb: argparse.ArgumentParser) -> None:
         verb.add_argument("source", type=Path, help="a run folder, a file of weights, or timm:NAME or torchvision:NAME")
@@ -787,6 +945,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("report", report)
     verb.add_argument("runs", type=Path, metavar="RUN", nargs="+")
     verb.add_argument("--output", type=Path, metavar="FOLDER", help="default: the run; of several runs, this folder")
+    verb = add("compare", compare)
+    verb.add_argument("runs", type=Path, metavar="RUN", nargs=2)
+    verb.add_argument(
+        "--tolerance", type=float, default=1e-3, metavar="T", help="relative, for the second step told (default 1e-3)"
+    )
+    verb.add_argument("--json", action="store_true", help="everything, as one JSON object")
 
     verb = add("bench-loader", bench_loader)
     verb.add_argument("config", help="a YAML file or a packaged name")

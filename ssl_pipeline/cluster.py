@@ -115,6 +115,7 @@ def require_progress(events: Sequence[Mapping[str, Any]]) -> None:
         elif event.get("event") == "end" and began is not None:
             seconds = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(began["time"])
             stops.append(event["status"] == Status.STOPPED and seconds.total_seconds() < 60)
+            began = None  # of a job that was refused before its start there is an end alone
     if job is not None and len(stops) >= 10 and all(stops[-10:]):
         raise BadInput(
             f"job {job} was stopped within a minute of its start ten times in a row: where that is not preemption, its --time "
@@ -151,7 +152,8 @@ def status(run: RunFolder) -> str:
     lines += [
         f"excluded: {', '.join(event['nodes'])} ({event['reason']})" for event in events if event["event"] == "excluded"
     ]
-    lines += [f"lost: {event['reason']}" for event in events if event["event"] == "rank_lost"]
+    began = max((place for place, event in enumerate(events) if event["event"] == "start"), default=0)
+    lines += [f"lost {_when(event)}: {event['reason']}" for event in events[began:] if event["event"] == "rank_lost"]
     for event in events:
         if event["event"] == "submitted":
             state = job_state(event["job"]) if event["cluster"] == "slurm" else event["cluster"]
@@ -166,10 +168,29 @@ def _number(key: str, value: float) -> str:
     return f"{value:.2f}" if key.endswith(("_top1", "_top5")) else f"{value:g}"
 
 
+def _when(event: Mapping[str, Any]) -> str:
+    return f"{datetime.fromisoformat(event['time']).astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _failure(run: RunFolder, events: Sequence[Mapping[str, Any]]) -> str:
+    """How the newest start ended, where that is known and it neither finished nor was stopped by a signal; else empty."""
+    ends = [
+        event
+        for event in events
+        if event["event"] in ("start", "end") or (event["event"] == "submitted" and event["verb"] == "pretrain")
+    ]
+    status = ends[-1].get("status") if ends else None
+    if status in (None, Status.DONE, Status.STOPPED):
+        return ""
+    listed = f", and {run.nonfinite}" if status == Status.NON_FINITE and run.nonfinite.exists() else ""
+    return f"ended with status {status}: {ends[-1].get('reason') or f'its log says why{listed}'}"
+
+
 def _state(
     run: RunFolder, events: Sequence[Mapping[str, Any]], last: Mapping[str, Any] | None, saved: Sequence[int]
 ) -> str:
-    if last and saved and saved[-1] >= last["steps"]:
+    failure = _failure(run, events)
+    if last and saved and saved[-1] >= last["steps"] and not failure:
         return "finished"
     submitted = [e for e in events if e["event"] == "submitted" and e["verb"] == "pretrain" and e["cluster"] == "slurm"]
     newest = max((e for e in (last, *submitted[-1:]) if e is not None), key=lambda e: e["time"], default=None)
@@ -177,20 +198,20 @@ def _state(
     if job is not None:
         state = job_state(job)
         nodes = f" on {last['nodes']}" if state == "RUNNING" and last and last.get("nodes") else ""
-        return f"Slurm job {job} {state}{nodes}"
+        return f"Slurm job {job} {state}{nodes}" + (f"; {failure}" if failure else "")
     failed = [event for event in events if event["event"] == "failed" and event["verb"] == "pretrain"]
     if failed and failed[-1] == [event for event in events if event.get("verb", "pretrain") == "pretrain"][-1]:
-        return f"failed with status {failed[-1]['status']}; why: {run.logs}/{failed[-1]['job']}_0_log.out"
+        log_file = f"{run.logs}/{failed[-1]['job']}_0_log.out"
+        return (
+            f"{failure}; log: {log_file}" if failure else f"failed with status {failed[-1]['status']}; why: {log_file}"
+        )
     if run.is_locked():
         return f"running on {last['host']}" if last else "running"
     local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]
     if local and (last is None or local[-1]["time"] > last["time"]):
         return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}"
-    ends = [event for event in events if event["event"] in ("start", "end")]
-    if ends and ends[-1].get("status") == Status.NON_FINITE:
-        return (
-            f"ended with status {ends[-1]['status']} at step {ends[-1]['step']}; its log says why, and {run.nonfinite}"
-        )
+    if failure:
+        return failure
     return f"stopped at step {saved[-1]}; the same command goes on" if saved else "not running"
 
 

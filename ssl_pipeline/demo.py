@@ -10,9 +10,9 @@ import torch
 from ssl_pipeline import config
 from ssl_pipeline.data.prepare import prepare
 from ssl_pipeline.data.randomness import Purpose, generator
-from ssl_pipeline.evaluation import features, knn, linear, report
+from ssl_pipeline.evaluation import analysis, features, knn, linear, report
 from ssl_pipeline.exits import Status
-from ssl_pipeline.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.pretrain import PretrainConfig, completed, pretrain
 from ssl_pipeline.run_folder import RunFolder
 
 DRAWS = 5
@@ -24,7 +24,8 @@ def demo(method: str, output: Path, data: Path) -> Status:
     if not data.is_dir():
         prepare("digits", data)
     tree = config.load(f"digits/{method}_sparsehead", [f"data.root={data}"])
-    status = pretrain(config.validate(PretrainConfig, tree.values, tree), output)
+    options = config.validate(PretrainConfig, tree.values, tree)
+    status = pretrain(options, output)
     if status != Status.DONE:
         return status
     run = RunFolder(output)
@@ -33,11 +34,15 @@ def demo(method: str, output: Path, data: Path) -> Status:
         "pretrained": _measure(features.options(output)),
     }
     path = run.write_result("summary", summary)
+    asked = analysis.Options(features=features.options(output), run=output, views=options.data.views)
+    found = analysis.run(asked)
+    run.write_result("analysis", found.result)
+    found.write(run.results)
     note = (
         "A frozen backbone on 360 held-out handwritten digits (scikit-learn). Few-label columns are means over "
         f"{DRAWS} draws of the labelled examples. One seed."
     )
-    page, *_ = report.write([run], title=f"{method} + SparseHead on handwritten digits", note=note)
+    page, *_ = report.write([run], title=f"{method} + SparseHead on handwritten digits", note=note, complete=completed)
     for name, values in summary.items():
         print(f"{name}: " + "  ".join(f"{key} {value:.1f}" for key, value in values.items()))
     print(

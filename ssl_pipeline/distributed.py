@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_pipeline.exits import BadInput, RankLost, Status, Stop
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Stop)
 
 
 @dataclass(frozen=True)
@@ -443,12 +444,22 @@ def together(action: Callable[[], T]) -> T:
     told = gather_json(
         None if caught is None else f"rank {rank()} on {socket.gethostname()}: {caught or type(caught).__name__}"
     )
+    if isinstance(caught, Stop):
+        caught.of_all = True
     if caught is not None:
         raise caught
     # The main rank, whose output people read, says it too; the others leave in silence.
-    elsewhere = Stop(next((text for text in told if text), "") if rank() == 0 else "")
+    elsewhere = Stop(next((text for text in told if text), ""))
     elsewhere.status = Status(int(worst.item()))
-    raise elsewhere
+    raise of_all(elsewhere)
+
+
+def of_all(stop: S) -> S:
+    """`stop`, which every rank is about to raise, as this one shall: its sentence is the main rank's alone."""
+    stop.of_all = True
+    if rank() != 0:
+        stop.args = ("",)
+    return stop
 
 
 def in_turn(action: Callable[[], T]) -> T:

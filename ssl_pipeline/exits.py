@@ -26,6 +26,8 @@ class Stop(Exception):
     """Ends the job with `status` and one sentence instead of a traceback."""
 
     status = Status.CRASH
+    of_all = False
+    """Whether every rank raises one at the same place, so that none needs to be told of it."""
 
 
 class BadInput(Stop):

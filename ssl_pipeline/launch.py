@@ -39,6 +39,8 @@ EVALUATIONS = {
     "semi-supervised-1": ["semi-supervised", "{source}", "--percent", "1"],
     "semi-supervised-10": ["semi-supervised", "{source}", "--percent", "10"],
     "detection": ["train-detectron2", "{source}"],
+    "analyze": ["analyze", "{source}"],
+    "spectrum": ["spectrum", "{source}"],
 }
 """Evaluations of an experiment, by the name of their job; {source} stands for the run or a bare backbone of it."""
 
@@ -47,7 +49,16 @@ VERBS = tuple(dict.fromkeys(words[0] for words in EVALUATIONS.values()))
 RESUMED = ("pretrain", "linear-probe", "semi-supervised", "train-detectron2")
 """Verbs that answer a signal at a step boundary, save, and go on in the next slot."""
 
-HOURS = {"pretrain": 24, "knn": 2, "linear-probe": 8, "semi-supervised": 4, "train-detectron2": 24, "report": 1}
+HOURS = {
+    "pretrain": 24,
+    "knn": 2,
+    "linear-probe": 8,
+    "semi-supervised": 4,
+    "train-detectron2": 24,
+    "report": 1,
+    "analyze": 1,
+    "spectrum": 1,
+}
 """Of one slot, where no --time is given."""
 
 _UNLIMITED = 10**6

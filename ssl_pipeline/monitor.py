@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import StorageFailure
-from ssl_pipeline.run_folder import duration
+from ssl_pipeline.run_folder import append_whole, drop_rows, duration
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -93,8 +93,8 @@ class Monitor:
         self._writer: Any = None
         self._clock: float | None = None
         self._waited = self._held = 0.0
-        self._unwritten = b""
-        """Of metrics.jsonl, what a full disk refused."""
+        self._unwritten: list[bytes] = []
+        """Rows of metrics.jsonl that a full disk refused."""
         self._since = start_step
         self._remedy = remedy
         self._slow = (0.0, 0.0)
@@ -107,22 +107,27 @@ class Monitor:
     def _open(self, step: int) -> None:
         if self.world.is_main:
             metrics, tensorboard = self._files
-            self._unwritten = b""
+            self._unwritten = [row for row in self._unwritten if json.loads(row)["step"] <= step]
             try:
-                _drop_after(metrics, step)
+                drop_rows(metrics, lambda row: row["step"] > step)
                 self._metrics = metrics.open("ab", buffering=0)
             except OSError as error:
                 raise StorageFailure.of(str(metrics), error) from None
             if self.options.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+                try:
+                    self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+                except OSError as error:
+                    self._no_curves(error)
 
-    def rewind(self, step: int, state: dict[str, Any]) -> None:
-        """Drop what was logged after `step`, and go on from there with its `state`, no step having been skipped."""
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, whose state was loaded, and go on from there, no step having been skipped."""
         self.close()
         self._open(step)
-        self.load_state_dict({**state, "in_a_row": 0})
+        self._in_a_row.zero_()
+        # Those among them that were skipped have been told of.
+        self._each = [torch.zeros_like(one) for one in self._each]
         self.tick(step)
 
     # ------------------------------------------------------------------------------------------------------- every step
@@ -158,6 +163,11 @@ class Monitor:
         each = [logs[name].detach().float() for name in OF_EACH_STEP if name in logs]
         self._each.append(torch.stack([(~finite).float(), *each]))
 
+    @property
+    def unread(self) -> int:
+        """Steps added since the last logged one."""
+        return len(self._each)
+
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last logged step, a row a rank. All ranks must call it."""
         sums, each = (
@@ -167,12 +177,16 @@ class Monitor:
         return {"names": self._names, "sums": sums, "each": each, "in_a_row": int(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on summing where `state` was taken."""
+        """Go on summing where `state` was taken. Raises ValueError where the sums are not of its names."""
         sums, each = (
             None if rows is None else (rows[self.world.rank] if len(rows) == self.world.size else rows.mean(dim=0))
             for rows in (state["sums"], state.get("each"))  # an older version kept sums alone
         )
         self._names = list(state["names"])
+        numbers = len(self._names) + 2, 1 + sum(name in self._names for name in OF_EACH_STEP)
+        for rows, count in zip((sums, each), numbers, strict=True):
+            if rows is not None and rows.shape[-1] != count:
+                raise ValueError(f"{rows.shape[-1]} numbers in the place of {count}")
         self._sums = None if sums is None else sums.to(self.world.device)
         self._each = [] if each is None else list(each.to(self.world.device))
         self._in_a_row = torch.full_like(self._in_a_row, state.get("in_a_row", 0))
@@ -255,10 +269,11 @@ class Monitor:
         What the disk refuses is written with a later row.
         """
         said = bool(self._unwritten)
-        self._unwritten += json.dumps(row).encode() + b"\n"
+        self._unwritten.append(json.dumps(row).encode() + b"\n")
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+                append_whole(self._metrics, self._unwritten[0])
+                del self._unwritten[0]
         except OSError as error:
             if not said:
                 log.warning("cannot write to %s: %s; its rows wait until there is room", self._metrics.name, error)
@@ -268,8 +283,11 @@ class Monitor:
                     if row[name] is not None:
                         self._writer.add_scalar(name, row[name], row["step"])
             except OSError as error:
-                log.warning("cannot write TensorBoard's file: %s; its curves end here until the next start", error)
-                self._writer = None
+                self._no_curves(error)
+
+    def _no_curves(self, error: OSError) -> None:
+        log.warning("cannot write TensorBoard's file: %s; its curves end here until the next start", error)
+        self._writer = None
 
     def tick(self, step: int) -> None:
         """Start the clock of the next interval: after `step` steps, and after anything that is no training."""
@@ -296,24 +314,8 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------------ at the start
     def show_views(self, path: Path, views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> None:
         """Write the first eight pictures' views, undone normalisation, as `path` and to TensorBoard: a row a picture."""
-        columns = []
-        for view, (mean, std) in zip(views, normalized, strict=True):
-            pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
-            columns.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
-        largest = max(column.shape[1] for column in columns)
-        cell = largest + 4
-        rows = len(columns[0])
-        grid = np.full((rows * cell + 4, len(columns) * cell + 4, 3), 255, dtype=np.uint8)
-        for x, column in enumerate(columns):
-            for y, picture in enumerate(column):
-                top, left = (
-                    place * cell + 4 + (largest - side) // 2
-                    for place, side in ((y, len(picture)), (x, picture.shape[1]))
-                )
-                grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        # Small pictures are enlarged by a whole factor, so that their pixels can be seen.
-        factor = -(-96 // largest)
-        Image.fromarray(grid.repeat(factor, axis=0).repeat(factor, axis=1)).save(path)
+        grid = view_grid(views, normalized)
+        Image.fromarray(grid).save(path)
         if self._writer is not None:
             self._writer.add_image("views", grid, 0, dataformats="HWC")
 
@@ -326,16 +328,25 @@ class Monitor:
                     self._writer.close()
 
 
-def _drop_after(metrics: Path, step: int) -> None:
-    """Cut off the rows of steps that will be done again: in place, which needs no room and cannot lose the others."""
-    if not metrics.exists():
-        return
-    kept = end = 0
-    with metrics.open("r+b") as file:
-        for line in file:
-            end += len(line)
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
-                if json.loads(line)["step"] > step:
-                    break
-                kept = end if line.endswith(b"\n") else kept
-        file.truncate(kept)
+def view_grid(views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> np.ndarray:
+    """The first eight pictures' views, V times (N, 3, S, S), as one picture (H, W, 3) uint8: a row a picture.
+
+    `normalized` are the means and deviations, V pairs, that are undone. Small pictures are enlarged by a whole factor, so
+    that their pixels can be seen.
+    """
+    columns = []
+    for view, (mean, std) in zip(views, normalized, strict=True):
+        pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
+        columns.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    largest = max(column.shape[1] for column in columns)
+    cell = largest + 4
+    rows = len(columns[0])
+    grid = np.full((rows * cell + 4, len(columns) * cell + 4, 3), 255, dtype=np.uint8)
+    for x, column in enumerate(columns):
+        for y, picture in enumerate(column):
+            top, left = (
+                place * cell + 4 + (largest - side) // 2 for place, side in ((y, len(picture)), (x, picture.shape[1]))
+            )
+            grid[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    factor = -(-96 // largest)
+    return grid.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -50,7 +50,7 @@ def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str],
         mine["same"] = {**versions(world.device), **same, "torch": "0.0"}
     reports = distributed.gather_json(mine)
     if error is not None and all(report["error"] for report in reports):
-        raise error if world.is_main else type(error)("")  # no node has the data: that is no node's fault
+        raise distributed.of_all(error)  # no node has the data: that is no node's fault
     hosts = [report["host"] for report in reports]
     bad, undecided = findings(reports)
     if not bad and not undecided:  # else a device may be broken: it is not to be used
@@ -80,13 +80,12 @@ def preflight(world: distributed.World, run: RunFolder, same: Mapping[str, str],
             run.record("excluded", job=cluster.job_id(), nodes=list(bad), reason=reason)
             requeued.fill_(cluster.requeue(exclude=list(bad)))
     dist.broadcast(requeued, 0)
-    mains = world.is_main  # one rank says it for all
     if requeued.item():
-        raise Requeued(f"preflight failed ({reason}); the job was requeued without it" if mains else "")
+        raise distributed.of_all(Requeued(f"preflight failed ({reason}); the job was requeued without it"))
     way_out = "start one process a GPU, and give all nodes the same installation and files"
     if bad:
         way_out = f"leave out by --exclude={','.join(bad)}"
-    raise RankLost(f"preflight failed: {reason}: {way_out}" if mains else "")
+    raise distributed.of_all(RankLost(f"preflight failed: {reason}: {way_out}"))
 
 
 def versions(device: torch.device) -> dict[str, str]:

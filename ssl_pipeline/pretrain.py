@@ -13,6 +13,8 @@ import logging
 import os
 import platform
 import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +113,7 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
 
     def open_run() -> None:
         if world.is_main:
-            run.open_for_writing(options.model_dump(mode="json"), _completed, write=False)
+            run.open_for_writing(options.model_dump(mode="json"), completed, write=False)
             cluster.require_progress(run.events())
 
     with contextlib.closing(run), Watchdog(run, world, options.distributed.timeout) as watchdog:
@@ -123,8 +125,14 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
         assert index is not None  # or preflight had raised
         tell_of_missing_val(options.data.root, index)
         distributed.together(open_run)
-        with checkpoint.Writer(run.checkpoints, options.checkpoint.keep, options.checkpoint.max_failed_saves) as writer:
-            return _train(options, index, run, world, writer, watchdog)
+        keep, most = options.checkpoint.keep, options.checkpoint.max_failed_saves
+        try:
+            with checkpoint.Writer(run.checkpoints, keep, most) as writer:
+                return _train(options, index, run, world, writer, watchdog)
+        except Stop as stop:
+            if world.is_main:
+                run.record("end", status=int(stop.status), reason=str(stop))
+            raise
 
 
 def build_method(options: PretrainConfig) -> Method:
@@ -147,7 +155,9 @@ def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
         )
     rows, parts = batch // ranks, options.optim.accumulate
     if rows % parts:
-        fits = next((n for n in range(parts, rows) if rows % n == 0), rows)
+        fits = _division(rows, ranks, parts) or next(
+            (n for n in range(parts, 0, -1) if _division(rows, ranks, n) == n), 1
+        )
         raise BadInput(f"optim.accumulate = {parts} does not divide the {rows} pictures of each rank: take {fits}")
     if samples < batch:
         raise BadInput(
@@ -163,6 +173,11 @@ def require_possible(options: PretrainConfig, ranks: int, samples: int) -> None:
         )
 
 
+def _division(rows: int, ranks: int, least: int) -> int | None:
+    """The smallest number of micro-batches, at least so many, that divides each rank's rows and leaves batch norm two."""
+    return next((n for n in range(least, rows + 1) if rows % n == 0 and n < rows * ranks), None)
+
+
 def _train(
     options: PretrainConfig,
     index: Index,
@@ -172,12 +187,12 @@ def _train(
     watchdog: Watchdog,
 ) -> Status:
     device = world.device
-    data = Loader.for_training(options.data, index, seed=options.seed, world=world)
+    data = Loader.for_training(options.data, index, seed=options.seed, world=world, timeout=options.distributed.timeout)
     steps = len(data) * options.epochs
     end = min(steps, options.max_steps or steps)
     state = checkpoint.read_together(run.checkpoints)
     step = state["step"] if state else 0
-    distributed.together(lambda: data.require_same_pictures(state.get("loader", {})) if state else None)
+    distributed.together(lambda: checkpoint.put_back(state, "loader", data.require_same_pictures) if state else None)
 
     def take_up() -> None:
         if world.is_main:  # only now: nothing of a config that was refused shall stay
@@ -198,6 +213,8 @@ def _train(
             step=step,
             steps=end,
             epochs=options.epochs,
+            versions=_versions(),
+            pictures=data.pictures,
         )
     if step >= end:
         log.info("%s is finished: %d steps are done; nothing to do", run.path, step)
@@ -225,37 +242,30 @@ def _train(
         log.info("accumulating %s", _accumulation(options, method, world.size))
     distributed.together(lambda: _require_room(method, options, run) if world.is_main else None)
 
-    if state:
-        distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
-        data.try_bad_again()
-    watch = Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end, start_step=step,
-                    remedy=data.remedy)  # fmt: skip
     adaptive = options.head.sparse.schedule == "adaptive"
     alarms = Alarms(options.alarms, options.method.name, adaptive)  # type: ignore[attr-defined]
+    watch = distributed.together(
+        lambda: Monitor(options.monitor, run.metrics, run.tensorboard, world, options.data.batch_size, end,
+                        start_step=step, remedy=data.remedy)
+    )  # fmt: skip
+    trained = _Trained(method, optimizer, scaler, data, watch, alarms, online, world)
     if state:
-        watch.load_state_dict(state["monitor"])
-        alarms.load_state_dict(state.get("alarms", {}))
-        online.load(state.get("online", {}))
+        distributed.together(lambda: trained.load_state_dict(state))
+        data.try_bad_again()
         log.info("going on with %s after step %d of %d", run.path, step, end)
         state.clear()  # gives its memory back
+    skips = recovery.SkipLog(run.nonfinite, fp16=options.precision == "fp16")
+    if world.is_main:
+        skips.drop_after(step - watch.unread, data.rollbacks)
 
     def save(final: bool) -> None:
         data.require_readable(options.data.max_bad_fraction)  # what is over the limit must not be gone on from
         state = {
             "step": step,
-            "method": options.method.name,  # type: ignore[attr-defined]
-            "model": method.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "loader": data.state_dict(),
-            "monitor": watch.state_dict(),
-            "alarms": alarms.state_dict(),
-            "online": online.state(),
-            **_random_states(device),
+            **trained.state_dict(),
             "config": options.model_dump(mode="json"),
-            "versions": {"ssl_pipeline": __version__, "torch": str(torch.__version__), "timm": timm.__version__,
-                         "python": platform.python_version()},
-        }  # fmt: skip
+            "versions": _versions(),
+        }
         bare = [run.backbone]
         if options.checkpoint.backbone_due(step, len(data)):
             bare.append(run.backbones / f"epoch_{step // len(data):04d}.pth")
@@ -269,7 +279,8 @@ def _train(
 
     method.train()
     watch.tick(step)
-    with Preemption(timedelta(seconds=options.distributed.timeout)) as preemption:
+    timeout = timedelta(seconds=options.distributed.timeout)
+    with contextlib.closing(watch), Preemption(timeout) as preemption:
         while step < end:
             for batch in watch.timed(data):
                 watchdog.beat(step)
@@ -306,19 +317,20 @@ def _train(
                     values = watch.log(step, data.epoch, rates, len(data.all_bad()))
                     data.require_readable(options.data.max_bad_fraction)
                     if world.is_main:
-                        recovery.tell(watch.skipped, data, run.nonfinite, options.precision == "fp16")
+                        skips.tell(step, watch.skipped, data)
                     if watch.in_a_row >= options.recovery.max_skipped:  # on all ranks: they share the gradients' norm
                         writer.wait()
-                        step = _roll_back(options, run, step, watch, method, optimizer, scaler, data, online, world)
+                        step = _roll_back(options, run, step, trained)
                         save(final=False)
                         writer.wait()  # at once: a kill must not forget it
                         watchdog.beat(step)
                         break  # out of the epoch's old order
                     if alarm := alarms.look(step, data.epoch, values):
                         save(final=True)
-                        raise _failed(alarm, watch, run, world, step)
+                        raise distributed.of_all(alarm)
                 if step % len(data) == 0 and online.due(step // len(data)):
-                    watch.note(step, data.epoch, online.neighbours(method.evaluated_backbone()))
+                    found = online.look(step // len(data), method.evaluated_backbone(), method.head)
+                    watch.note(step, data.epoch, found)
                     watch.tick(step)
                     watchdog.beat(step)
                 stop = preemption.requested()
@@ -327,18 +339,16 @@ def _train(
                         save(final=last or stop)
                     if stop and not last:
                         log.info("stopped by a signal after step %d; the same command goes on from here", step)
-                        watch.close()
                         return _ended(run, world, Status.STOPPED, step)
                 if last:
                     break
-    watch.close()
     if data.bad and world.is_main:  # whom the last logged step told of all
         log.warning("%s", data.bad_summary())
     log.info("%s is finished: %d steps; backbone in %s", run.path, step, run.backbone)
     return _ended(run, world, Status.DONE, step)
 
 
-def _completed(old: dict[str, Any]) -> dict[str, Any]:
+def completed(old: dict[str, Any]) -> dict[str, Any]:
     """The config of a run that an older version began, with what it did not have at its default, which changes nothing."""
     try:
         return config.validate(PretrainConfig, old).model_dump(mode="json")
@@ -346,17 +356,19 @@ def _completed(old: dict[str, Any]) -> dict[str, Any]:
         return old
 
 
+def _versions() -> dict[str, str]:
+    return {
+        "ssl_pipeline": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _ended(run: RunFolder, world: distributed.World, status: Status, step: int) -> Status:
     if world.is_main:
         run.record("end", status=int(status), step=step)
     return status
-
-
-def _failed(stop: Stop, watch: Monitor, run: RunFolder, world: distributed.World, step: int) -> Stop:
-    """What all ranks raise together; the main one alone says it."""
-    watch.close()
-    _ended(run, world, stop.status, step)
-    return stop if world.is_main else type(stop)("")
 
 
 # ----------------------------------------------------------------------------------------------------- parts of the loop
@@ -376,13 +388,30 @@ def _forward_backward(
     passes, parts = (accumulate, 1) if method.per_sample else (1, accumulate)
     outputs = []
     for number, some in enumerate(zip(*(view.chunk(passes) for view in views), strict=True), start=1):
-        with distributed.averaging(model, now=number == passes):
+        with distributed.averaging(model, now=number == passes), _enough_memory(len(views[0]), accumulate):
             with torch.autocast(views[0].device.type, dtype=half, enabled=half is not None):
                 output = model(list(some), parts)
             # Begun with 1, or NaN where the loss is not finite: then the gradients of all ranks are NaN too.
             scaler.scale(output.loss / passes).backward(output.loss.detach() * 0 + 1)
         outputs.append(output)
     return method.join(outputs)
+
+
+@contextlib.contextmanager
+def _enough_memory(rows: int, accumulate: int) -> Iterator[None]:
+    """A context for passes over so many rows in micro-batches. Raises BadInput where the device has no room for them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        more = _division(rows, distributed.world_size(), accumulate + 1)
+        way_out = (
+            f"give the same command with optim.accumulate={more} or more ranks, or free what other programs hold there"
+            if more
+            else "take more ranks, a smaller network, or a smaller data.batch_size with another --output"
+        )
+        seen = str(error).partition(". Including")[0]
+        divided = f"in {accumulate} micro-batches" if accumulate > 1 else "undivided"
+        raise BadInput(f"{seen}, for a step of {rows} pictures on this rank, {divided}: {way_out}") from error
 
 
 def _accumulation(options: PretrainConfig, method: Method, ranks: int) -> str:
@@ -415,36 +444,69 @@ def _checkpoint_bytes(method: Method, options: PretrainConfig) -> int:
     return checkpoint.state_bytes(method.state_dict()) + moments * trained
 
 
-def _restore(
-    state: dict[str, Any],
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    data: Loader,
-    world: distributed.World,
-) -> None:
-    """Put a checkpoint's state back. Raises BadInput where it belongs to another method or other shapes."""
-    name = method.options.name
-    missing = {"method", "model", "optimizer", "scaler", "loader", "monitor", "random"} - state.keys()
-    if missing:
-        raise BadInput(
-            f"the checkpoint of step {state['step']} has no {sorted(missing)[0]}: move it away to go on without"
-        )
-    if state["method"] != name:
-        raise BadInput(f"the checkpoint is of method {state['method']} and the config of {name}: name another --output")
-    difference = backbone.compare(state["model"], method.state_dict())
-    if difference:
-        raise BadInput(f"the checkpoint does not fit the config's network: {difference}; name another --output")
-    method.load_state_dict(state["model"])
-    optim.load(optimizer, state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    data.load_state_dict(state["loader"])
-    if len(state["random"]) == world.size:
-        # A clone: torch 2.14 crashes on a tensor that begins within another one.
-        torch.set_rng_state(state["random"][world.rank].clone())
-        on_device = state.get(f"random_{world.device.type}")
-        if on_device is not None:
-            torch.get_device_module(world.device).set_rng_state(on_device[world.rank].clone(), world.device)
+@dataclass(frozen=True)
+class _Trained:
+    """All that training changes, as one state: what `save` writes, a resume and a rollback put back."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: Loader
+    watch: Monitor
+    alarms: Alarms
+    online: Online
+    world: distributed.World
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parts of a checkpoint, whose table is in checkpoint.py. All ranks must call it."""
+        return {
+            "method": self.method.options.name,
+            "model": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.data.state_dict(),
+            "monitor": self.watch.state_dict(),
+            "alarms": self.alarms.state_dict(),
+            "online": self.online.state(),
+            **_random_states(self.world.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put a checkpoint's state back. Raises BadInput where it belongs to another method or other shapes."""
+
+        def load_model(weights: dict[str, Tensor]) -> None:
+            difference = backbone.compare(weights, self.method.state_dict())
+            if difference:
+                raise BadInput(f"the checkpoint does not fit the config's network: {difference}; name another --output")
+            self.method.load_state_dict(weights)
+
+        def load_scaler(values: dict[str, Any]) -> None:  # torch takes anything, and fails in the first step
+            self.scaler.load_state_dict({key: type(own)(values[key]) for key, own in self.scaler.state_dict().items()})
+
+        def set_random(rows: Tensor) -> None:
+            if len(rows) == self.world.size:
+                # A clone: torch 2.14 crashes on a tensor that begins within another one.
+                torch.set_rng_state(rows[self.world.rank].clone())
+
+        def set_random_on_device(rows: Tensor) -> None:
+            device = self.world.device
+            if len(rows) == self.world.size:
+                torch.get_device_module(device).set_rng_state(rows[self.world.rank].clone(), device)
+
+        name = self.method.options.name
+        if state.get("method") != name:
+            raise BadInput(
+                f"the checkpoint is of method {state.get('method')} and the config of {name}: name another --output"
+            )
+        checkpoint.put_back(state, "model", load_model)
+        checkpoint.put_back(state, "optimizer", lambda values: optim.load(self.optimizer, values))
+        checkpoint.put_back(state, "scaler", load_scaler)
+        checkpoint.put_back(state, "loader", self.data.load_state_dict)
+        checkpoint.put_back(state, "monitor", self.watch.load_state_dict)
+        checkpoint.put_back(state, "alarms", self.alarms.load_state_dict, optional=True)
+        checkpoint.put_back(state, "online", self.online.load, optional=True)
+        checkpoint.put_back(state, "random", set_random)
+        checkpoint.put_back(state, f"random_{self.world.device.type}", set_random_on_device, optional=True)
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
@@ -456,34 +518,28 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _roll_back(
-    options: PretrainConfig,
-    run: RunFolder,
-    step: int,
-    watch: Monitor,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    data: Loader,
-    online: Online,
-    world: distributed.World,
-) -> int:
+def _roll_back(options: PretrainConfig, run: RunFolder, step: int, trained: _Trained) -> int:
     """Go back to the last good checkpoint, or to the start where there is none, the rest of its epoch in another order.
 
     Returns its step. Raises NonFinite where that was done `recovery.max_rollbacks` times.
     """
+    data, watch, world = trained.data, trained.watch, trained.world
     rollbacks, in_a_row = data.rollbacks + 1, watch.in_a_row
     if rollbacks > options.recovery.max_rollbacks:
-        stop = recovery.gave_up(options.recovery, run, step, in_a_row, options.precision)
-        raise _failed(stop, watch, run, world, step)
+        raise distributed.of_all(recovery.gave_up(options.recovery, run, step, in_a_row, options.precision))
     found = checkpoint.read_together(run.checkpoints, checkpoint.worth_going_back_to)
     state = found or _first_state(options, world.device)
     there: int = state["step"]
-    distributed.together(lambda: _restore(state, method, optimizer, scaler, data, world))
+    distributed.together(lambda: trained.load_state_dict(state))
+
+    def drop() -> None:
+        if world.is_main:  # the checkpoints first: a run that is killed here drops the rest when it goes on
+            checkpoint.remove_after(run.checkpoints, there)
+            checkpoint.remove_backbones_after(run.backbones, there // len(data))
+        watch.rewind(there)
+
+    distributed.together(drop)
     data.rekey(rollbacks)
-    online.load(state.get("online", {}))
-    distributed.together(lambda: watch.rewind(there, state["monitor"]))
-    distributed.together(lambda: checkpoint.remove_after(run.checkpoints, there) if world.is_main else None)
     if world.is_main:
         run.record("rollback", step=step, to=there, rollbacks=rollbacks, skipped=in_a_row)
         log.warning(

@@ -203,10 +203,13 @@ class RunFolder:
     def record(self, event: str, **values: Any) -> None:
         """Append an object to jobs.jsonl, which tells what was submitted, started, excluded and ended here, and when."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": time, "event": event, **values}) + "\n"
+        line = json.dumps({"time": time, "event": event, **values}).encode() + b"\n"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.jobs.open("a", encoding="utf-8") as file:
+            with self.jobs.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read() == b"\n" else b"\n" + line  # a full disk had cut the last one
                 file.write(line)  # whole lines: several jobs append here
         except OSError as error:  # a diary: no run ends for it
             log.warning("cannot write to %s: %s", self.jobs, error)
@@ -268,6 +271,35 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+def append_whole(file: IO[bytes], text: bytes) -> None:
+    """Append to an unbuffered file all of `text` or, where the disk refuses that, nothing. Raises OSError."""
+    start, rest = file.seek(0, os.SEEK_END), text
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(start)  # else the next row would be joined to half of this one
+        raise
+
+
+def drop_rows(path: Path, dropped: Callable[[dict[str, Any]], bool]) -> None:
+    """Cut a file of JSON lines off at the first row that is to be `dropped`, and from what a kill left of a last row.
+
+    In place, which needs no room and cannot lose the others. Raises OSError.
+    """
+    if not path.exists():
+        return
+    kept = end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            end += len(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
+                if dropped(json.loads(line)):
+                    break
+                kept = end if line.endswith(b"\n") else kept
+        file.truncate(kept)
 
 
 def checkpoint_file(folder: Path, step: int) -> Path:

@@ -8,6 +8,9 @@ RUN/logs, compares two readings of all heartbeats, and ends the process.
 
 A peer that died makes a living rank's collective raise at once, on gloo: then the loop's exception is the occasion, and
 the heartbeats are the evidence.
+
+A rank that ends by a Stop of its own (its pictures' storage is gone) says so in the place of a verdict before it goes:
+the others end with its status and its sentence, and nobody is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from ssl_pipeline import cluster, config, distributed
-from ssl_pipeline.exits import RankLost, Status
+from ssl_pipeline.exits import RankLost, Status, Stop
 from ssl_pipeline.run_folder import RunFolder, saved_steps
 
 T = TypeVar("T")
@@ -50,7 +53,8 @@ class Options(config.Options):
 
     timeout: float = Field(600.0, ge=5)
     """Seconds without a step after which the job ends with status 78; also the timeout of every collective. Longer than
-    the slowest of: the first step, a checkpoint, k-nn while training, the 240 s for which the pictures' storage is waited."""
+    the slowest of: the first step, a checkpoint, k-nn while training. For the pictures' storage 0.4 of it is waited, 240 s at
+    most."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,10 @@ class Heartbeat:
 class Watchdog:
     """A context around the loop, which calls `beat` once a step.
 
-    Raises RankLost in the place of an exception by which a collective tells that another rank is gone. Ends the process
-    with status 78 where the loop does not beat for `timeout` seconds, or another rank found that one is lost. The first
-    to find it tells and records it for all.
+    Raises RankLost in the place of an exception by which a collective tells that another rank is gone, or a Stop with that
+    rank's status where it said why it went. Ends the process with that status where the loop does not beat for `timeout`
+    seconds, or another rank found that one is lost. The first to find it tells and records it for all; of a rank that
+    said why, the main one does.
     """
 
     def __init__(self, run: RunFolder, world: distributed.World, timeout: float) -> None:
@@ -113,13 +118,14 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        lost = self._world.size > 1 and isinstance(error, Exception) and tells_of_a_lost_rank(error)
-        told = ""
-        if lost:
-            told = self._end(error)
+        lost = None
+        if self._world.size > 1 and isinstance(error, Exception) and tells_of_a_lost_rank(error):
+            lost = self._end(error)
             self._let_others_know()
         # A rank that stops because another one does has nothing to say of itself.
         self._ended = "" if error is None or lost or not str(error) else _in_short(error)
+        if self._ended and isinstance(error, Stop) and not error.of_all:
+            self._say_farewell(error)
         self._over.set()
         self._questions.put((lambda store: None, queue.Queue()))  # wakes the thread, whose last heartbeat says the end
         for thread in self._threads:
@@ -129,8 +135,8 @@ class Watchdog:
             self._file.close()
             if not self._stacks.stat().st_size:
                 self._stacks.unlink()
-        if lost:
-            raise RankLost(told) from error
+        if lost is not None:
+            raise lost from error
 
     # ---------------------------------------------------------------------------------------------------- the two threads
     def _talk(self) -> None:
@@ -162,7 +168,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, before = 0, time.monotonic()
-        while not self._over.wait(self._interval):
+        while not self._over.wait(self._interval) and self._ended is None:
             now = time.monotonic()
             # A process that was stopped (SIGSTOP, a laptop asleep) is not to blame for that time: it did not tick either.
             self._still += min(now - before, 2 * self._interval)
@@ -175,11 +181,15 @@ class Watchdog:
                 if self._world.size > 1:
                     faulthandler.dump_traceback_later(self._timeout, file=self._open())
             if self._known.is_set() or (seen and self._still >= self._limit):
-                if told := self._end(None):
-                    line = f"ssl-pipeline: {told}"
+                # After a farewell the loop ends by itself where its collectives fail, and what it was writing is whole.
+                if self._said_farewell() and self._over.wait(3 * BEATS * self._interval):
+                    return
+                stop = self._end(None)
+                if str(stop):
+                    line = f"ssl-pipeline: {stop}"
                     _within(BEATS * self._interval, partial(print, line, file=sys.stderr, flush=True))
                 self._let_others_know()
-                os._exit(Status.RANK_LOST)
+                os._exit(stop.status)
 
     def _heartbeat(self) -> Heartbeat:
         where, waits = _position(self._main)
@@ -187,14 +197,24 @@ class Watchdog:
         return Heartbeat(self._count, time.time(), host, self._step, self._still, where, waits, self._ended)
 
     # -------------------------------------------------------------------------------------------------------- the verdict
-    def _end(self, error: BaseException | None) -> str:
-        """Stacks written, the lost rank found and recorded: what to say, empty where another rank says it."""
+    def _end(self, error: BaseException | None) -> Stop:
+        """Stacks written, the lost rank found and recorded: what to raise, without a word where another rank says it."""
         if not self._deciding.acquire(blocking=False):
             threading.Event().wait()  # the other thread is at it, and ends the process
-        _within(BEATS * self._interval, lambda: self._dump(error))
-        teller, ranks, reason, defect = self._verdict()
+        if error is None and not self._said_farewell():  # at once: there may not be much time left
+            _within(BEATS * self._interval, lambda: self._dump(error))
+        teller, ranks, reason, defect, status = self._verdict()
+        if status != Status.RANK_LOST:
+            if self._world.is_main:
+                event = {"status": status, "reason": reason}
+                _within(BEATS * self._interval, lambda: self._run.record("end", **event))
+            stop = Stop(reason if self._world.is_main else "")
+            stop.status = Status(status)
+            return stop
+        if error is not None:
+            _within(BEATS * self._interval, lambda: self._dump(error))
         if teller not in (self._world.rank, None):
-            return ""
+            return RankLost("")
         after = "the same command goes on from the last checkpoint"
         if teller is not None or self._world.rank == 1:
             saved = (_within(BEATS * self._interval, lambda: saved_steps(self._run.checkpoints)) or [0])[-1]
@@ -204,24 +224,35 @@ class Watchdog:
             _within(BEATS * self._interval, lambda: self._run.record("rank_lost", **event))
             if put_back and _within(60.0, lambda: cluster.requeue(patience=45.0)):
                 after = "the job was requeued"
-        return f"{reason}; stacks of the living ranks in {self._run.logs}; {after}"
+        return RankLost(f"{reason}; stacks of the living ranks in {self._run.logs}; {after}")
 
-    def _verdict(self) -> tuple[int | None, list[int], str, bool]:
-        """(the rank that tells, lost ranks, the sentence, whether an error is behind it). The first verdict is all ranks'.
+    def _say_farewell(self, stop: Stop) -> None:
+        """Leave the reason for which this rank alone goes as the verdict, and time to read it."""
+        rank = self._world.rank
+        reason = str(stop) if rank == 0 else f"rank {rank} on {cluster.node_name()}: {stop}"
+        mine = json.dumps([0, [rank], reason, True, int(stop.status)])
+        self._ask(lambda store: store.compare_set("verdict", "", mine))
+        self._let_others_know()
 
-        Without the store ranks cannot agree on who tells: None, each does.
+    def _said_farewell(self) -> bool:
+        return self._known.is_set() and json.loads(self._found)[-1] != Status.RANK_LOST
+
+    def _verdict(self) -> tuple[int | None, list[int], str, bool, int]:
+        """(the rank that tells, ranks that went, the sentence, whether an error is behind it, the status to end with).
+
+        The first verdict is all ranks'. Without the store ranks cannot agree on who tells: None, each does.
         """
-        first = self._ask(self._everyone)
+        first = None if self._known.is_set() else self._ask(self._everyone)
         if first is not None and not self._known.wait(BEATS * self._interval):
             last = self._ask(self._everyone)
             if last is not None:
-                mine = json.dumps([self._world.rank, *diagnose(first, last, self._world.size)])
+                mine = json.dumps([self._world.rank, *diagnose(first, last, self._world.size), int(Status.RANK_LOST)])
                 self._found = self._ask(lambda store: store.compare_set("verdict", "", mine)) or self._found
         if found := self._found:
-            teller, ranks, reason, defect = json.loads(found)
-            return teller, ranks, reason, defect
+            teller, ranks, reason, defect, status = json.loads(found)
+            return teller, ranks, reason, defect, status
         where = f" on {self._host_of_main}" if self._host_of_main else ""
-        return None, [0], f"rank 0{where} is lost, and the job's store with it: {GONE}", False
+        return None, [0], f"rank 0{where} is lost, and the job's store with it: {GONE}", False, Status.RANK_LOST
 
     def _let_others_know(self) -> None:
         """Where the store may end with this process, wait until all have read the verdict."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ssl_pipeline import alarms, checkpoint, pretrain, sparse_head
+from ssl_pipeline import alarms, checkpoint, cluster, config, pretrain, sparse_head
 from ssl_pipeline.alarms import RULES, Alarms, Options
 from ssl_pipeline.exits import BadInput, NonFinite
-from ssl_pipeline.run_folder import read_lines
+from ssl_pipeline.run_folder import RunFolder, read_lines
 from tests.test_pretrain import METHODS, options
 
 HEALTHY = {
@@ -38,30 +39,43 @@ def look(alarm: Alarms, steps: int, epoch: int = 19, start: int = 10, **values: 
 def test_what_holds_is_told_with_its_cause(
     caplog: pytest.LogCaptureFixture, method: str, key: str, value: float, words: str
 ) -> None:
-    alarm = Alarms(Options(stop=True), method, adaptive=True)
-    look(alarm, 1, start=0)
-    assert look(alarm, 2, **{key: value}) == [None, None]  # it may be noise
-    assert caplog.text == ""
-    (stop,) = look(alarm, 1, start=30, **{key: value})
-    (record,) = caplog.records
+    ends = []
+    for stop in (False, True):
+        alarm = Alarms(Options(stop=stop), method, adaptive=True)
+        look(alarm, 1, start=0)
+        assert look(alarm, 2, **{key: value}) == [None, None]  # it may be noise
+        assert len(caplog.records) == stop
+        ends += look(alarm, 1, start=30, **{key: value})
+    (record,) = caplog.records  # what ends the run says it itself
     assert record.getMessage().startswith(f"{key} is {value:.4g}, ")
     assert "since step 10: " in record.getMessage()
     assert words in record.getMessage()
-    assert stop is not None
-    assert str(stop) == f"{record.getMessage()}; stopped by alarms.stop"
-    assert "\n" not in str(stop)
+    assert ends[0] is None
+    assert str(ends[1]).startswith(f"{record.getMessage()}; ended by alarms.stop: ")
+    assert "\n" not in str(ends[1])
 
 
 def test_one_rank_says_it_for_all(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alarms.distributed, "rank", lambda: 1)
-    (stop,) = look(Alarms(Options(stop=True, patience=1), "simclr", adaptive=False), 1, start=30, gradient_norm=1e9)
-    assert stop is not None
+    for stop in (False, True):
+        look(Alarms(Options(stop=stop, patience=1), "simclr", adaptive=False), 1, start=30, gradient_norm=1e9)
     assert caplog.text == ""
 
 
 def test_every_rule_has_a_case() -> None:
     assert {row[1] for row in SICK} == {rule.key for rule in RULES}
     assert alarms.COLLAPSE.keys() == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_options_that_an_alarm_names_are_there(few_digits: Path, method: str) -> None:
+    there = config.flatten(options(few_digits, method=method).model_dump(mode="json"))
+    told = [alarms.COLLAPSE[method], *(rule.cause for rule in RULES if rule.only in (None, method, "adaptive"))]
+    named = {name for text in told for name in re.findall(r"(?:method|head|optim)\.[a-z_.]+[a-z]", text)}
+    assert named - there.keys() == set()
+    assert "optim.learning_rate" in named
+    for given in {given for text in told for given in re.findall(r"[a-z_.]+=[\w.]*\w", text)}:
+        options(few_digits, given, method=method)
 
 
 def test_again_after_twice_as_many_until_it_recovers(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,13 +128,23 @@ def test_a_restart_goes_on_counting(caplog: pytest.LogCaptureFixture) -> None:
     assert second.first_loss == 5.0
 
 
-def test_a_stop_leaves_a_checkpoint_and_the_same_command_goes_on(few_digits: Path, tmp_path: Path) -> None:
-    sick = options(few_digits, "alarms.gradient_norm_above=1e-9", "alarms.stop=true", "max_steps=9")
-    with pytest.raises(NonFinite, match=r"^gradient_norm is .*, above 1e-09 since step 1: .*; stopped by alarms.stop$"):
+def test_a_stop_leaves_a_checkpoint_and_the_same_command_goes_on(
+    few_digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sick = options(
+        few_digits, "alarms.gradient_norm_above=1e-9", "alarms.loss_above=0.01", "alarms.stop=true", "max_steps=9"
+    )
+    with pytest.raises(
+        NonFinite,
+        match=r"^loss is .*, above 0\.01 since step 1: .*; gradient_norm is .*, above 1e-09 since step 1: .*; ended by "
+        r"alarms\.stop: .* another --output, or .*alarms\.stop=false$",
+    ) as ended:
         pretrain.pretrain(sick, tmp_path)
+    assert "since step" not in caplog.text  # it is said once
     assert checkpoint.read_newest(tmp_path / "checkpoints")["step"] == 3
     end = read_lines(tmp_path / "jobs.jsonl")[-1]
-    assert (end["event"], end["status"], end["step"]) == ("end", 76, 3)
+    assert (end["event"], end["status"], end["reason"]) == ("end", 76, str(ended.value))
+    assert cluster.status(RunFolder(tmp_path)).startswith(f"{tmp_path}: ended with status 76: {ended.value}\n")
     assert pretrain.pretrain(options(few_digits, "max_steps=9"), tmp_path) == 0
     with pytest.raises(BadInput, match="alarms.embedding_std_belw.*the nearest is `alarms.embedding_std_below`"):
         options(few_digits, "alarms.embedding_std_belw=1")

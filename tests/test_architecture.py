@@ -60,6 +60,7 @@ ALLOWED = {
     "watchdog": GROUND | {"cluster", "run_folder"},
     "recovery": GROUND | {"data.loader", "monitor", "run_folder"},
     "alarms": GROUND | {"sparse_head"},
+    "evaluation.measures": GROUND | {"sparse_head", "methods"},
 }
 LIBRARIES = {
     "nvidia": ("data",),

@@ -1,9 +1,11 @@
 import contextlib
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,39 +48,110 @@ def test_written_and_found_again(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- damaged files
-@pytest.mark.parametrize("damage", ["flipped", "empty", "zeros", "text", "missing", "foreign", "renamed", "no step"])
+class Attack:
+    def __reduce__(self) -> tuple:
+        return (open, ("attacked", "w"))
+
+
+CUT = r"it is cut short or not a checkpoint \([\d,]+ bytes\)"
+ALTERED = "it is damaged: bits of its part archive/data/0 have changed since it was written"
+FOREIGN = "it is not a checkpoint of this tool"
+DAMAGE = {
+    "cut": CUT,
+    "empty": CUT,
+    "zeros": CUT,
+    "text": CUT,
+    "a bit": ALTERED,
+    "a bit of a header": ALTERED,
+    "a bit of a name": "it is damaged: the list of its parts has changed since it was written",
+    "a bit that makes a folder": "it is damaged: its part archive/data/0 is not as torch writes it",
+    "missing": "it cannot be read: .*data/0",
+    "foreign": FOREIGN,
+    "no step": FOREIGN,
+    "an object": "it cannot be read: it holds more than tensors and plain values",
+    "renamed": "it is the checkpoint of step 1",
+}
+"""What is said of it."""
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_named_and_the_older_one_used(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    reason = DAMAGE[damage]
     for step in (1, 2):
         checkpoint.write(tmp_path, state(step), keep=2)
     newest = tmp_path / "step_00000002.pt"
     data = bytearray(newest.read_bytes())
-    if damage == "flipped":
-        place = data.index(torch.full((8,), 2.0).numpy().tobytes())  # within the tensor: torch.load would not notice
-        data[place] ^= 1
+    listed = data.index(b"archive/data/0", data.index(b"PK\x01\x02"))
+    bits = {
+        "a bit": (data.index(torch.full((8,), 2.0).numpy().tobytes()), 1),
+        "a bit of a header": (data.index(b"archive/data/0"), 1),
+        "a bit of a name": (listed, 0x80),
+        "a bit that makes a folder": (listed - 8, 0x10),
+    }
+    if damage in bits:
+        place, bit = bits[damage]
+        data[place] ^= bit
         newest.write_bytes(data)
-        assert torch.load(newest, weights_only=True)["step"] == 2
+        if damage == "a bit":  # torch would not notice
+            assert torch.load(newest, weights_only=True)["step"] == 2
     elif damage == "missing":
         with zipfile.ZipFile(newest) as whole, zipfile.ZipFile(tmp_path / "less", "w") as less:
             for name in whole.namelist():
                 if not name.endswith("data/0"):
                     less.writestr(name, whole.read(name))
+            for part in less.infolist():
+                part.external_attr = 0  # as torch has it
+        with zipfile.ZipFile(tmp_path / "less") as less:
+            assert less.testzip() is None  # its CRCs are right
         os.replace(tmp_path / "less", newest)
-        assert zipfile.ZipFile(newest).testzip() is None  # its CRCs are right
     elif damage == "foreign":
         torch.save({"state_dict": {"w": torch.zeros(3)}}, newest)
     elif damage == "renamed":
         shutil.copyfile(tmp_path / "step_00000001.pt", newest)
     elif damage == "no step":
         torch.save({"format": checkpoint.FORMAT, "step": None}, newest)
+    elif damage == "an object":
+        torch.save({"format": checkpoint.FORMAT, "step": 2, "model": Attack()}, newest)
     else:
-        newest.write_bytes({"empty": b"", "zeros": bytes(len(data)), "text": b"hello"}[damage])
+        newest.write_bytes(
+            {"cut": bytes(data[:1234]), "empty": b"", "zeros": bytes(len(data)), "text": b"hello"}[damage]
+        )
     assert checkpoint.read_newest(tmp_path)["step"] == 1
-    assert "step_00000002.pt is not used: it" in caplog.text
+    (told,) = (record.getMessage() for record in caplog.records)
+    used = f"step_00000001.pt ({(tmp_path / 'step_00000001.pt').stat().st_size:,} bytes) is used instead"
+    assert re.fullmatch(rf"checkpoint {newest} is not used: {reason}.*; {re.escape(used)}", told)
+    if damage == "cut":
+        assert "(1,234 bytes)" in told
     (tmp_path / "step_00000001.pt").write_bytes(b"")
-    with pytest.raises(BadInput, match="no checkpoint in .* can be used"):
+    with pytest.raises(
+        BadInput, match=rf"no checkpoint in .* can be used \(step_00000002.pt: {reason}.*; step_00000001.pt: "
+    ):
         checkpoint.read_newest(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize("error", [*sorted(checkpoint.NOT_FLUSHED), errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_folder_that_cannot_be_flushed_is_no_failure_and_a_disk_that_fails_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int
+) -> None:
+    real = getattr(os, call)
+
+    def refused(what: Any, *arguments: Any) -> Any:
+        if stat.S_ISDIR((os.fstat if isinstance(what, int) else os.stat)(what).st_mode):
+            raise OSError(error, os.strerror(error))
+        return real(what, *arguments)
+
+    monkeypatch.setattr(os, call, refused)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    if error in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(StorageFailure, match=os.strerror(error)):
+            checkpoint.write(tmp_path, state(1), keep=1)
+    else:
+        checkpoint.write(tmp_path, state(1), keep=1)
+    assert checkpoint.read(checkpoint_file(tmp_path, 1))["step"] == 1
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_no_truncation_and_no_altered_byte_passes_for_the_whole(tmp_path: Path) -> None:
@@ -88,7 +162,7 @@ def test_no_truncation_and_no_altered_byte_passes_for_the_whole(tmp_path: Path) 
         file.write_bytes(data[:length])
         with pytest.raises(ValueError, match="^it "):
             checkpoint.read(file)
-    refused = 0
+    refused = []
     attributes = data.index(b"archive/data/0", data.index(b"PK\x01\x02")) - 8  # a bit of these makes it a folder
     for place in (attributes, *range(0, len(data), 5)):
         altered = bytearray(data)
@@ -96,17 +170,13 @@ def test_no_truncation_and_no_altered_byte_passes_for_the_whole(tmp_path: Path) 
         file.write_bytes(altered)
         try:
             found = checkpoint.read(file)
-        except ValueError:
-            refused += 1
+        except ValueError as error:
+            refused.append(str(error))
         else:  # in the archive's padding or in its dates
             assert found["step"] == 2
             assert torch.equal(found["model"]["w"], torch.full((64,), 2.0))
-    assert refused > 100
-
-
-class Attack:
-    def __reduce__(self) -> tuple:
-        return (open, ("attacked", "w"))
+    assert len(refused) > 100
+    assert all(reason.startswith("it ") for reason in refused)
 
 
 def test_a_strangers_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +199,13 @@ def test_room_is_asked_for_beforehand(tmp_path: Path, monkeypatch: pytest.Monkey
     checkpoint.require_room(tmp_path, 1)
     with pytest.raises(StorageFailure, match=r"MB free .* free room, lower checkpoint.keep"):
         checkpoint.require_room(tmp_path, 10**18)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_960_001))
+    for needed, said in (
+        (2_130_000, r"has 2\.0 MB free .* need 2\.1 MB"),
+        (1_960_002, "has 1,960,001 bytes free .* need 1,960,002 bytes"),
+    ):
+        with pytest.raises(StorageFailure, match=said):
+            checkpoint.require_room(tmp_path, needed)
 
 
 # ---------------------------------------------------------------------------------------------------- in the background

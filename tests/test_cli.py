@@ -214,6 +214,7 @@ def test_tools_are_the_verbs() -> None:
         ("train_detectron2", "train-detectron2"),
         ("pack_shards", "pack-shards"),
         ("check_data", "check-data"),
+        ("spectrum", "spectrum"),
     ):
         done = subprocess.run(
             [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True

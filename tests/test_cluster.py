@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import re
+import socket
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ssl_pipeline import cluster
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline import cluster, distributed, pretrain
+from ssl_pipeline.exits import BadInput, Stop
 from ssl_pipeline.run_folder import RunFolder
+from tests.ranks import on_ranks
+from tests.test_pretrain import options
 
 
 # ------------------------------------------------------------------------------------------------------- Slurm and none
@@ -94,6 +100,109 @@ def test_status_of_a_run_that_was_stopped_and_of_one_that_is_held(tmp_path: Path
     assert shown[5] == "result knn: knn5_top1 61.23"
 
 
+def began(run: RunFolder, step: int = 0, job: str | None = None) -> None:
+    run.record("start", job=job, restart=0, nodes=None, host="n1", ranks=4, step=step, steps=100, epochs=5)
+
+
+def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    run.open_for_writing({"a": 1})
+    run.close()
+
+    def state() -> str:
+        return cluster.status(run).splitlines()[0].removeprefix(f"{tmp_path}: ")
+
+    began(run)
+    run.record("end", status=77, reason="the disk is full")
+    assert state() == "ended with status 77: the disk is full"
+    run.record("failed", verb="pretrain", job="7", status=77)
+    assert state() == f"ended with status 77: the disk is full; log: {run.logs}/7_0_log.out"
+    began(run)
+    assert state() == "not running"
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step_00000040.pt").touch()
+    for status in (75, 0):
+        run.record("end", status=status, step=40)
+        assert state() == "stopped at step 40; the same command goes on"
+    run.record("end", status=2, reason="no pictures")  # of a start that was refused
+    assert state() == "ended with status 2: no pictures"
+    began(run, 40)
+    run.record("end", status=76, step=50)  # as an older version records it
+    assert state() == "ended with status 76: its log says why"
+    run.nonfinite.touch()
+    assert state() == f"ended with status 76: its log says why, and {run.nonfinite}"
+    (run.checkpoints / "step_00000100.pt").touch()
+    assert state() == f"ended with status 76: its log says why, and {run.nonfinite}"  # at its last step
+    began(run, 100)
+    assert state() == "finished"
+    (run.checkpoints / "step_00000100.pt").unlink()
+    monkeypatch.setattr(cluster, "job_state", lambda job: "FAILED")
+    began(run, 40, job="7")
+    assert state() == "Slurm job 7 FAILED"
+    run.record("end", status=2, reason="no pictures")
+    assert state() == "Slurm job 7 FAILED; ended with status 2: no pictures"
+    run.record("submitted", verb="pretrain", job="8", cluster="slurm")
+    assert state() == "Slurm job 8 FAILED"  # of which nothing is known yet
+
+
+def test_a_rank_that_was_lost_is_told_with_its_time_until_the_next_start(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open_for_writing({"a": 1})
+    run.close()
+    began(run)
+    run.record("rank_lost", reason="rank 3 has been silent", job=None, ranks=[3], saved=0)
+    at = datetime.fromisoformat(run.events()[-1]["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert f"lost {at}: rank 3 has been silent" in cluster.status(run).splitlines()
+    began(run)
+    assert "silent" not in cluster.status(run)
+    run.record("rank_lost", reason="rank 2 has been silent", job=None, ranks=[2], saved=0)
+    assert re.findall("rank . has been silent", cluster.status(run)) == ["rank 2 has been silent"]
+
+
+def refused(data: str, folder: str) -> list[tuple[int, str]]:
+    """(status, sentence) of pretrainings that stop on all ranks because of one: rank 0, then rank 1, then all."""
+    ends = []
+    rank = distributed.rank()
+    for case in ("metrics", "pictures", "room"):
+        run = Path(folder) / case
+        chosen = options(Path(data), f"checkpoint.keep={1000000000 if case == 'room' else 2}")
+        if rank == 0 and case == "metrics":
+            (run / "metrics.jsonl").mkdir(parents=True)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if rank == 1 and case == "pictures":
+                monkeypatch.setattr(pretrain, "validation_pictures", raising(BadInput("no pictures here")))
+            with pytest.raises(Stop) as stop:
+                pretrain.pretrain(chosen, run)
+        ends.append((int(stop.value.status), str(stop.value)))
+    return ends
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*_: object) -> None:
+        raise error
+
+    return function
+
+
+def test_a_stop_for_whatever_rank_is_the_runs_end(few_digits: Path, tmp_path: Path) -> None:
+    one, two = on_ranks(2, refused, str(few_digits), str(tmp_path))
+    for (status, said), (status_two, said_two), case, expected, code in zip(
+        one, two, ("metrics", "pictures", "room"),
+        (r"cannot write .*metrics\.jsonl: Is a directory; .*", rf"rank 1 on {re.escape(socket.gethostname())}: no pictures here",
+         r"the disk of .* MB free .*"),
+        (77, 2, 77), strict=True,
+    ):  # fmt: skip
+        assert (status, status_two) == (code, code)
+        assert re.fullmatch(expected, said)
+        assert said_two == ("no pictures here" if case == "pictures" else "")
+        run = RunFolder(tmp_path / case)
+        assert [(e["event"], e.get("reason")) for e in run.events()] == [("start", None), ("end", said)]
+        assert cluster.status(run).startswith(f"{run.path}: ended with status {code}: {said}\n")
+    # Once its cause is gone the same run goes on, and what was is forgotten.
+    assert pretrain.pretrain(options(few_digits, "max_steps=1"), tmp_path / "room") == 0
+    assert cluster.status(RunFolder(tmp_path / "room")).startswith(f"{tmp_path / 'room'}: finished\n")
+
+
 # ----------------------------------------------------------------------------------------------------------------- plan
 CONFIG = {"JobRequeue": "1", "EnforcePartLimits": "ALL", "AccountingStorageType": "accounting_storage/slurmdbd",
           "KillWait": "30 sec", "SlurmctldParameters": "(null)"}  # fmt: skip
@@ -155,5 +264,8 @@ def test_a_job_that_is_stopped_at_once_ten_times_does_not_go_on_for_ever(monkeyp
     cluster.require_progress(slots(9, 20))
     cluster.require_progress(slots(10, 20)[:-2] + slots(10, 70)[-2:])  # the last one got on
     cluster.require_progress(slots(10, 20, job="4"))  # another job's
+    refused = {"event": "end", "status": 2, "reason": "", "time": "2026-01-01T23:00:00.000+00:00"}
+    with pytest.raises(BadInput, match="ten times in a row"):
+        cluster.require_progress([*slots(10, 20), refused])  # an end without a start is no slot
     monkeypatch.delenv("SLURM_JOB_ID")
     cluster.require_progress(slots(10, 20))

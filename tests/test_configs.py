@@ -12,14 +12,22 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_pipeline import config, distributed, optim
+from ssl_pipeline.exits import BadInput
 from ssl_pipeline.pretrain import PretrainConfig, build_method
 
 COUNTS = Path(__file__).parent / "data" / "parameter_counts.json"
 PAPER = Path(config.__file__).parent / "evaluation" / "paper_results.yaml"
 OURS = {"imagenet/simclr_vit_small_sparsehead"}  # no row of the paper, and no counterpart without SparseHead
+FIGURES = {
+    f"stl10/figure1_{head}_{network}" for head in ("identity", "linear", "mlp") for network in ("resnet18", "resnet50")
+} | {
+    *(f"cifar10/figure1_{head}" for head in ("identity", "linear", "mlp")),
+    *(f"{data}/figure3_{head}" for data in ("stl10", "cifar10") for head in ("dense", "sparse")),
+}
 METHODS = ("simclr", "byol", "barlow_twins", "simsiam", "vicreg", "w_mse", "ssl_hsic", "swav")
 EXPECTED = (
     OURS
+    | FIGURES
     | {
         f"{data}/{method}{sparse}"
         for data in ("digits", "cifar10", "cifar100", "stl10", "tiny_imagenet", "imagenet100", "imagenet")
@@ -63,7 +71,7 @@ def test_forward_with_the_real_sizes(name: str, monkeypatch: pytest.MonkeyPatch)
     assert output.loss.shape == ()
     assert output.features.shape == (rows, method.backbone.num_features)
     assert output.embeddings.shape == (rows, options.head.output)
-    assert ("sparse_penalty" in output.logs) == (name.endswith("_sparsehead") or name == "smoke")
+    assert ("sparse_penalty" in output.logs) == (name.endswith(("_sparsehead", "_sparse")) or name == "smoke")
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED - {"smoke"}))
@@ -83,7 +91,7 @@ def test_a_leaf_is_a_short_lab_note(name: str) -> None:
 
 
 def test_sparsehead_configs_differ_in_the_penalty_alone() -> None:
-    for name in sorted(EXPECTED - OURS):
+    for name in sorted(EXPECTED - OURS - FIGURES):
         if name.endswith("_sparsehead"):
             with_it = config.flatten(config.load(name).values)
             without = config.flatten(config.load(name.removesuffix("_sparsehead")).values)
@@ -164,7 +172,9 @@ def read(*names: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(EXPECTED) if name.startswith(SMALL) and "sparse" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(EXPECTED - FIGURES) if name.startswith(SMALL) and "sparse" not in name]
+)
 def test_a_method_wins_over_the_data_set_and_this_over_the_protocol(name: str) -> None:
     data, method = name.split("/")
     given = read(f"{data}/_base", f"_methods/{method}", name)
@@ -212,3 +222,41 @@ def test_imagenet100_is_imagenet_on_other_pictures() -> None:
             assert changed.pop("method.freeze_prototypes_steps", None) == (30 if "swav" in name else None)  # an epoch
             assert changed == {"data.name": "imagenet100", "data.root": "data/imagenet100"}
             assert (ours["data.protocol"], ours["backbone.name"]) == ("imagenet", "resnet50")
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_the_figures_runs_are_simclr_with_as_many_embeddings_as_representations(name: str) -> None:
+    options, method = built(name)
+    data, short = name.split("/")
+    width = method.backbone.num_features
+    assert width == method.head.outputs == options.head.output
+    assert (options.method.name, options.method.temperature) == ("simclr", 0.5)  # type: ignore[attr-defined]
+    figure, head, *_ = short.split("_")
+    assert options.head.kind == (head if figure == "figure1" else "mlp")
+    # h is I, W, or two layers: no batch norm rescales z, and no layer is narrower than d.
+    layers = [module for module in method.head.layers if isinstance(module, torch.nn.Linear)]
+    assert [layer.weight.shape for layer in layers] == [(width, width)] * {"identity": 0, "linear": 1, "mlp": 2}[
+        options.head.kind
+    ]
+    assert not layers or method.head.layers[-1] is layers[-1]
+    assert options.head.sparse.weight == (1e-4 if head == "sparse" else 0)
+    if data == "stl10":
+        assert width == (512 if short.endswith("resnet18") else 2048)
+        assert (options.epochs, options.optim.name, options.optim.learning_rate) == (2000, "adam", 2e-3)
+        assert (options.optim.weight_decay, options.data.unlabelled) == (1e-6, ["unlabeled"])
+
+
+def test_figure_3_differs_in_the_penalty_alone() -> None:
+    for data in ("stl10", "cifar10"):
+        dense, sparse = (config.flatten(config.load(f"{data}/figure3_{kind}").values) for kind in ("dense", "sparse"))
+        changed = {key: value for key, value in sparse.items() if value != dense.get(key)}
+        assert changed == {"head.sparse.weight": 1e-4, "head.sparse.groups": "columns"}
+    assert config.load("stl10/figure3_dense").values == config.load("stl10/figure1_mlp_resnet50").values
+
+
+def test_an_identity_has_nothing_to_be_sparse() -> None:
+    values = config.load("stl10/figure1_identity_resnet18", ["head.sparse.weight=1e-4"]).values
+    with pytest.raises(
+        BadInput, match=r"head.sparse.weight = 0.0001 needs a linear layer, and head.kind = identity has none"
+    ):
+        config.validate(PretrainConfig, values)

@@ -56,6 +56,8 @@ def test_the_lead_follows_the_time() -> None:
         "4:00:00",
         "24:00:00",
         "1:00:00",
+        "1:00:00",
+        "1:00:00",
     ]
     with pytest.raises(BadInput, match="--signal-lead 1500 is too long for knn in a slot of 2:00:00"):
         launch.Resources(signal_lead=1500).sized("knn")
@@ -81,7 +83,16 @@ def test_the_script_asks_for_what_was_given() -> None:
 def test_without_a_time_the_slot_is_a_day(here: Callable, few_digits: Path) -> None:
     words = ("smoke", f"data.root={few_digits}", "data.batch_size=16", "--output", "r", "--dry-run")
     assert "#SBATCH --time=1440\n" in here("launch", "pretrain", *words)[1]
-    assert re.findall(r"--time=(\d+)", here("experiment", *words)[1]) == ["1440", "120", "480", "240", "240", "60"]
+    assert re.findall(r"--time=(\d+)", here("experiment", *words)[1]) == [
+        "1440",
+        "120",
+        "480",
+        "240",
+        "240",
+        "60",
+        "60",
+        "60",
+    ]
 
 
 def test_a_refusal_by_slurm_names_what_is_queued_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +177,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "local has no time limit",
         ),
         (["launch", "knn", "."], "is no run folder"),
+        (["launch", "spectrum", "."], "is no run folder"),
         (["launch", "pretrain", "smoke", "--output", "r", "--array", "seed=1,1"], "gives a value twice"),
         (["experiment", "smoke", "--output", "r", "--every", "0"], "is no number of epochs"),
         (["plan", "smoke", "--images-per-second", "0"], "is no speed"),
@@ -241,15 +253,17 @@ def test_a_dry_run_prints_scripts_and_makes_nothing(
         "linear-probe",
         "semi-supervised-1",
         "semi-supervised-10",
+        "analyze",
+        "spectrum",
         "report",
     ]
-    assert stdout.count("#SBATCH --dependency=afterok:PRETRAIN") == 4
+    assert stdout.count("#SBATCH --dependency=afterok:PRETRAIN") == 6
     assert "# detection is left out: " in stdout
-    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "1", "8", "8"]
+    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "1", "8", "8", "1", "1"]
     monkeypatch.setenv("SSL_PIPELINE_CACHE", str(tmp_path))
     stdout = here("experiment", *words, "data.name=imagenet", "data.protocol=imagenet", *full)[1]
     assert "# semi-supervised-1 is left out: no list of ImageNet's 1 %" in stdout
-    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "8"]
+    assert re.findall(r"--gpus-per-node=(\d)", stdout) == ["8", "1", "8", "1", "1"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,7 +342,7 @@ def test_an_experiment_on_this_machine(command: Callable, few_digits: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "run/report.html"
     assert set(RunFolder(tmp_path / "run").read_results()) == {
-        "knn", "linear_probe", "semi_supervised_1percent", "semi_supervised_10percent",
+        "knn", "linear_probe", "semi_supervised_1percent", "semi_supervised_10percent", "analysis", "spectrum",
     }  # fmt: skip
     assert "linear_top1" in (tmp_path / "run" / "report.html").read_text()
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ssl_pipeline import distributed, monitor
 from ssl_pipeline.monitor import Monitor
-from ssl_pipeline.run_folder import read_lines
+from ssl_pipeline.run_folder import drop_rows, read_lines
 from tests.ranks import on_ranks
 from tests.test_checkpoint import file_limit
 
@@ -77,6 +77,44 @@ def test_rows_wait_for_a_full_disk_and_none_is_lost_or_cut(tmp_path: Path, caplo
     assert "metrics.jsonl: [Errno 27] File too large; its rows wait until there is room" in told.getMessage()
 
 
+def test_rows_that_wait_for_a_full_disk_stay_through_a_rollback(tmp_path: Path) -> None:
+    watch = make(tmp_path, tensorboard=False)
+
+    def log(step: int) -> None:
+        watch.add(values(step), YES)
+        watch.log(step, 0, {}, 0)
+
+    log(1)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with file_limit(size + size // 2):
+        for step in range(2, 6):
+            log(step)
+        text = (tmp_path / "metrics.jsonl").read_text()
+        assert (len(text), text.count("\n")) == (size, 1)  # no half row, to which the next one would be joined
+        watch.rewind(3)
+        log(4)
+    log(5)
+    watch.close()
+    assert [(row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == [
+        (step, step) for step in range(1, 6)
+    ]
+
+
+def test_a_skipped_step_from_before_a_rollback_is_not_told_of_again(tmp_path: Path) -> None:
+    watch = make(tmp_path, tensorboard=False)
+    for finite in (YES, NO, YES):
+        watch.add(values(1.0) | {"gradient_norm": torch.tensor(1.0)}, finite)
+    assert watch.unread == 3
+    state = watch.state_dict()
+    watch.load_state_dict(state)
+    watch.rewind(3)
+    watch.add(values(1.0) | {"gradient_norm": torch.tensor(1.0)}, NO)
+    assert watch.log(4, 0, {}, 0)["skipped"] == 2  # of the interval
+    assert [one.step for one in watch.skipped] == [4]
+    assert watch.unread == 0
+    watch.close()
+
+
 def test_time_within_held_is_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(monitor.time, "monotonic", lambda: float(next(clock)))
@@ -127,7 +165,8 @@ def test_skipped_steps_are_named_and_counted_across_a_restart(tmp_path: Path) ->
     again.log(6, 0, {}, 0)
     assert [(skip.step, skip.values["loss"]) for skip in again.skipped] == [(5, 5.0), (6, 6.0)]
     assert again.in_a_row == 3
-    again.rewind(4, {"names": [], "sums": None, "in_a_row": 1})  # as of an older version
+    again.load_state_dict({"names": [], "sums": None, "in_a_row": 1})  # as of an older version
+    again.rewind(4)
     again.add(values(7.0), YES)
     again.log(5, 0, {}, 0)
     again.close()
@@ -232,8 +271,8 @@ def test_rows_of_steps_to_be_done_again_are_cut_off_in_place(tmp_path: Path) -> 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"ste')
     node = metrics.stat().st_ino
-    monitor._drop_after(metrics, 3)
+    drop_rows(metrics, lambda row: row["step"] > 3)
     assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
-    monitor._drop_after(metrics, 2)
+    drop_rows(metrics, lambda row: row["step"] > 2)
     assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
     assert metrics.stat().st_ino == node

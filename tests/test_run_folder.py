@@ -57,6 +57,8 @@ def test_the_diary_keeps_whole_lines_and_no_run_ends_for_it(tmp_path: Path, capl
         file.write('{"event": "sta')
     (event,) = run.events()
     assert (event["event"], event["job"]) == ("start", "5")
+    run.record("end", status=77)  # does not go down with the line that a full disk had cut
+    assert [event["event"] for event in run.events()] == ["start", "end"]
     run.jobs.unlink()
     run.jobs.mkdir()
     run.record("start", job="5")

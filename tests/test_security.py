@@ -883,7 +883,8 @@ class Scripts(HTMLParser):
         self.found += [tag] * (tag in ("script", "iframe", "object", "embed", "svg", "link", "base", "form"))
         self.found += [name for name, _ in attrs if name.startswith("on")]
         loaded = [value or "" for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
-        self.found += [value[:60] for value in loaded if not value.startswith(("data:image/png;base64,", "#"))]
+        ours = ("data:image/png;base64,", "data:image/jpeg;base64,", "#")
+        self.found += [value[:60] for value in loaded if not value.startswith(ours)]
 
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(1)>[x](javascript:alert(1))' onload='alert(1)"
@@ -898,10 +899,25 @@ def test_nothing_of_a_run_is_a_script_in_its_report(whole_run: Path, tmp_path: P
     run.config.write_text(config.dump_yaml(values))
     run.write_result("knn", {EVIL: EVIL, "knn5_top1": 1.0, "changed": [EVIL], "preset": EVIL, "chosen_on": EVIL})
     run.write_result("other", {"rows": [{EVIL: EVIL}], "deep": {EVIL: {EVIL: EVIL}}})
-    run.record("start", host=EVIL, nodes=EVIL, device=EVIL, step=0, steps=3, ranks=1)
+    versions = {EVIL: EVIL, "torch": EVIL}
+    run.record("start", host=EVIL, nodes=EVIL, device=EVIL, step=0, steps=3, ranks=1, versions=versions, pictures=EVIL)
+    layer = {EVIL: EVIL, "eigenvalues": [1.0, 0.5], "rank": 2}
+    points = {"axes": [EVIL, EVIL], "points": [[0, 1]], "labels": [0], "classes": [EVIL]}
+    norms = [{"name": EVIL, "groups": EVIL, "norms": [1.0], "threshold": 0.1, "active": 1}]
+    run.write_result("spectrum", {"r": layer, "z": layer})
+    run.write_result(f"knn_{EVIL.replace('/', '')}", {"knn5_top1": 1.0})
+    shown = {"projection": points, "group_norms": norms, "cosines": {EVIL: EVIL}}
+    run.write_result(
+        f"analysis_{EVIL.replace('/', '')}", {f"head_{EVIL}": 1.0, f"embedding_{EVIL}": 2.0, "pictures": shown}
+    )
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": 3, f"heldout_{EVIL}": 1.0}) + "\n")
     assert Scripts(f"<p title='{EVIL}'>").found  # so it is one
-    page = report.page([run], title=EVIL, note=EVIL)
-    assert Scripts(page).found == []
+    for runs in ([run], [run, RunFolder(whole_run)]):  # alone, and beside another one with all that differs
+        page = report.page(runs, title=EVIL, note=EVIL)
+        assert Scripts(page).found == []
+        parts = set(re.findall('<section id="([a-z]+)">', page))
+        assert {"measures", "spectra", "head", "projection", "heldout", "config", "environment"} <= parts
     markdown = re.sub("(`+).*?\\1", "", report.markdown([run], title=EVIL, note=EVIL))
     assert "<script" not in markdown
     assert "<img" not in markdown

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from ssl_pipeline import cluster, config, distributed
-from ssl_pipeline.cli import leave
+from ssl_pipeline.cli import entry, leave
+from ssl_pipeline.data.loader import Batch, Loader
 from ssl_pipeline.exits import Status, Stop, StorageFailure
 from ssl_pipeline.run_folder import RunFolder, saved_steps
 from ssl_pipeline.watchdog import MOST_RETURNS, Heartbeat, Watchdog, _position, diagnose, tells_of_a_lost_rank
@@ -101,7 +102,7 @@ def test_a_pretraining_that_lost_a_rank_ends_with_78_and_goes_on_at_the_same_com
     assert re.search(r'pretrain\.py", line \d+, in _train$', stacks, re.M) or fate == signal.SIGSTOP
     (lost,) = [event for event in run.events() if event["event"] == "rank_lost"]
     assert lost["ranks"] == [1]
-    assert f"lost: {lost['reason']}" in cluster.status(run)
+    assert re.search(rf"^lost \d{{4}}-\d\d-\d\d .*: {re.escape(lost['reason'])}$", cluster.status(run), re.M)
     if fate == signal.SIGKILL:
         from ssl_pipeline.pretrain import PretrainConfig, pretrain  # here, since the ranks of `loop` need none of it
 
@@ -109,6 +110,45 @@ def test_a_pretraining_that_lost_a_rank_ends_with_78_and_goes_on_at_the_same_com
         done = pretrain(config.validate(PretrainConfig, tree.values, tree), run.path)
         assert done == Status.DONE
         assert saved_steps(run.checkpoints)[-1] == lost["saved"] + 2
+
+
+def without_storage(data: str, run: str, rank: int) -> None:
+    """`ssl-pipeline pretrain` on a rank; on `rank` alone the pictures cannot be read from the third batch on."""
+    take = Loader._take
+
+    def away(loader: Loader) -> Batch:
+        if loader.world.rank == rank and loader.consumed == 2 * loader.batch_size:
+            raise StorageFailure("cannot read a.jpg, nor others")
+        return take(loader)
+
+    Loader._take = away  # type: ignore[method-assign]
+    entry(
+        ["pretrain", "smoke", f"data.root={data}", "data.batch_size=16", "monitor.tensorboard=false", "--output", run]
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_for_a_reason_of_its_own_is_not_lost_and_all_end_alike(
+    few_digits: Path, tmp_path: Path, start: Callable[..., Job], rank: int
+) -> None:
+    """Rank 0 takes the job's store with it."""
+    run = RunFolder(tmp_path / "run")
+    here = f"from tests.test_watchdog import without_storage; without_storage({str(few_digits)!r}, {str(run.path)!r}, {rank})"
+    job = start("-c", here)
+    assert [one.wait(PATIENCE) for one in job.ranks] == [Status.STORAGE] * 2, job.told(0) + job.told(1)
+    reason = (
+        "cannot read a.jpg, nor others"
+        if rank == 0
+        else f"rank 1 on {cluster.node_name()}: cannot read a.jpg, nor others"
+    )
+    assert [line for line in job.told(0).splitlines() if "cannot read" in line] == [f"ssl-pipeline: {reason}"]
+    assert ("cannot read" in job.told(1)) == (rank == 1)
+    assert "Traceback" not in job.told(0) + job.told(1)
+    events = run.events()
+    assert [event["event"] for event in events] == ["start", "end"]  # and none that a rank is lost, nor a requeue
+    assert (events[1]["status"], events[1]["reason"]) == (Status.STORAGE, reason)
+    assert not list(run.logs.glob("*"))  # no stacks
+    assert cluster.status(run).startswith(f"{run.path}: ended with status 77: {reason}\n")
 
 
 # ------------------------------------------------------------------------------------------------------- the loop alone
@@ -308,8 +348,8 @@ def test_a_slurm_job_comes_back_unless_it_was_lost_too_often_at_the_same_checkpo
         (run.checkpoints / f"step_{saved:08d}.pt").touch()
         requeued.clear()
         watchdog = Watchdog(run, distributed.start(), 5)
-        watchdog._verdict = lambda: tuple(told)  # type: ignore[method-assign,assignment]
-        return watchdog._end(None).rpartition("; ")[2]
+        watchdog._verdict = lambda: (*told, Status.RANK_LOST)  # type: ignore[method-assign,assignment]
+        return str(watchdog._end(None)).rpartition("; ")[2]
 
     silent = [0, [3], "rank 3 has been silent", False]
     goes_on = "the same command goes on from the last checkpoint"

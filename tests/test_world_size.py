@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ssl_pipeline import checkpoint, distributed, pretrain
+from ssl_pipeline import pretrain
 from ssl_pipeline.exits import Status
-from ssl_pipeline.methods import Method, Progress
+from ssl_pipeline.methods import Method
+from ssl_pipeline.preemption import SIGNALS
 from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.run_folder import saved_steps
 from tests.ranks import on_ranks
-from tests.test_pretrain import assert_same_run, options, series, weights
+from tests.test_pretrain import SEED, assert_same_run, options, series, stopped, weights
 
 pytestmark = pytest.mark.slow
 
@@ -24,24 +24,18 @@ NORMS = ("batchnorm2d", "groupnorm1")
 ENDS = {4: 3, 2: 7, 1: 12}
 """Step at which so many ranks end; an epoch is 10."""
 
+DRAW = random.Random(SEED)
+STOPS = {
+    method: (DRAW.choice([*range(2, 10), *range(11, 16)]), DRAW.choice(SIGNALS), DRAW.randrange(2))
+    for method in ("byol", "swav")
+}
+"""With targets and a queue: after which step, in mid-epoch, by which signal to which rank a run of two is stopped."""
+TOLD = f"stopped by {STOPS}: SSL_PIPELINE_TEST_SEED={SEED}"
+
 
 # ----------------------------------------------------------------------------------------------------- run on the ranks
 def in_order(*calls: tuple[Any, ...]) -> list[int]:
     return [int(function(*arguments)) for function, *arguments in calls]
-
-
-def with_sigterm(chosen: PretrainConfig, run: Path, rank: int, step: int) -> Status:
-    """A run of which one rank gets the signal in the middle of a step."""
-    before_update = Method.before_update
-
-    def and_a_signal(self: Method, progress: Progress) -> None:
-        before_update(self, progress)
-        if (distributed.rank(), progress.step) == (rank, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Method, "before_update", and_a_signal)
-        return pretrain.pretrain(chosen, run)
 
 
 def in_float64(chosen: PretrainConfig, run: Path) -> Status:
@@ -69,28 +63,31 @@ def changing(data: Path, folder: Path, norm: str, ranks: int) -> tuple[PretrainC
 def folder(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of several ranks in as few processes as may be: to start them takes longer than to run."""
     folder = tmp_path_factory.mktemp("ranks")
-    seed = random.SystemRandom().randrange(2**32)
-    draw = random.Random(seed)
-    rank, step = draw.randrange(2), draw.choice([step for step in range(17) if step % 10 < 8])
-    print(f"seed {seed}: SIGTERM to rank {rank} in step {step}, counted from 0")
-    chosen = options(few_digits, "max_steps=20", "optim.name=adam", "optim.learning_rate=1e-3", method="byol")
+    print(TOLD)
+    whole, parts, again = [], [], []
+    for method, (step, number, rank) in STOPS.items():
+        common = ["max_steps=16", "monitor.every_steps=5", "optim.name=adam", "optim.learning_rate=1e-3"]
+        chosen = options(few_digits, *common, method=method)
+        whole.append((pretrain.pretrain, chosen, folder / method / "whole"))
+        parts.append((stopped, chosen, folder / method / "parts", step, number, rank))
+        again.append((pretrain.pretrain, chosen, folder / method / "parts"))
 
     def change(ranks: int) -> list[tuple[Any, ...]]:
         return [(in_float64, *changing(few_digits, folder, norm, ranks)) for norm in NORMS]
 
-    stopped = (with_sigterm, chosen, folder / "stopped", rank, step)
-    assert on_ranks(2, in_order, (pretrain.pretrain, chosen, folder / "whole"), stopped) == [[0, Status.STOPPED]] * 2
-    saved = checkpoint.read_newest(folder / "stopped" / "checkpoints")["step"]
-    assert step < saved < 20
-    assert saved % 10
+    assert on_ranks(2, in_order, *whole, *parts) == [[0, 0, Status.STOPPED, Status.STOPPED]] * 2, TOLD
+    for method, (step, *_) in STOPS.items():
+        assert saved_steps(folder / method / "parts" / "checkpoints")[-1] == step, TOLD
     assert on_ranks(4, in_order, *change(4)) == [[0, 0]] * 4
-    assert on_ranks(2, in_order, *change(2), (pretrain.pretrain, chosen, folder / "stopped")) == [[0, 0, 0]] * 2
+    assert on_ranks(2, in_order, *change(2), *again) == [[0, 0, 0, 0]] * 2, TOLD
     assert in_order(*change(1)) == [0, 0]
     return folder
 
 
-def test_two_ranks_of_which_one_is_stopped_at_any_step_go_on_as_if_not(folder: Path) -> None:
-    assert_same_run(folder / "whole", folder / "stopped")
+@pytest.mark.parametrize("method", STOPS)
+def test_two_ranks_of_which_one_is_stopped_at_any_step_go_on_as_if_not(folder: Path, method: str) -> None:
+    assert [row["step"] for row in series(folder / method / "parts")] == [5, 10, 15, 16], TOLD
+    assert_same_run(folder / method / "whole", folder / method / "parts", TOLD)
 
 
 @pytest.mark.parametrize("norm", NORMS)

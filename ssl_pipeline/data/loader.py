@@ -40,9 +40,9 @@ from ssl_pipeline.exits import BadInput, StorageFailure
 
 log = logging.getLogger("ssl_pipeline")
 
-PATIENCE = 240.0
-"""Seconds for which a storage that does not answer is asked again: fewer than ranks wait for each other, and than lie
-between a job's signal and the end of its slot (slurm/pretrain_imagenet.sh)."""
+PATIENCE, OF_TIMEOUT = 240.0, 0.4
+"""Seconds for which a storage that does not answer is asked again, fewer than lie between a job's signal and the end of its
+slot (slurm/pretrain_imagenet.sh); and the share that they may be of those for which ranks wait for each other."""
 
 OUTAGE = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY,
@@ -252,6 +252,7 @@ class Loader:
         training: bool = True,
         shuffle: Literal["global", "shards"] = "global",
         window: int = 64,
+        timeout: float = math.inf,
     ) -> None:
         require_dali()
         require_shuffle(shuffle, index)
@@ -267,6 +268,7 @@ class Loader:
         self.training = training
         self.shuffle = shuffle
         self.window = window
+        self.timeout = timeout
         self.epoch = 0
         self.consumed = 0
         """Samples of this epoch that all ranks together have been given."""
@@ -293,7 +295,14 @@ class Loader:
 
     @classmethod
     def for_training(
-        cls, options: Options, index: Index, *, seed: int, world: World, batch_size: int | None = None
+        cls,
+        options: Options,
+        index: Index,
+        *,
+        seed: int,
+        world: World,
+        batch_size: int | None = None,
+        timeout: float = math.inf,
     ) -> Loader:
         """The loader that `options` describe; `batch_size` in place of theirs."""
         return cls(
@@ -310,6 +319,7 @@ class Loader:
             augment=options.augment,
             shuffle=options.shuffle,
             window=options.shuffle_window,
+            timeout=timeout,
         )
 
     def __len__(self) -> int:
@@ -332,7 +342,7 @@ class Loader:
             "consumed": self.consumed,
             "bad": bad,
             "rekeyed": [list(key) for key in self.rekeyed],
-            "pictures": self._pictures,
+            "pictures": self.pictures,
         }
 
     def all_bad(self) -> dict[int, str]:
@@ -353,18 +363,18 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; what was made ahead is dropped. Raises BadInput as `require_same_pictures`."""
         self.require_same_pictures(state)
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self.rekeyed = tuple((epoch, consumed, count) for epoch, consumed, count in state.get("rekeyed", []))
-        self.bad = dict(state["bad"])
+        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+        self.rekeyed = tuple((int(epoch), int(done), int(count)) for epoch, done, count in state.get("rekeyed", []))
+        self.bad = {int(sample): str(reason) for sample, reason in state["bad"].items()}
         self._shared = set(self.bad)
         self._discard()
 
     def require_same_pictures(self, state: dict[str, Any]) -> None:
         """Raises BadInput where ids mean other pictures than in `state`; one of an older version does not know."""
-        if state.get("pictures", self._pictures) != self._pictures:
+        if state.get("pictures", self.pictures) != self.pictures:
             raise BadInput(
                 f"the pictures in {str(self.index.root)!r} are not those that this was begun with ({state['pictures']} then, "
-                f"{self._pictures} now): names, labels{' or shards' if self.shuffle == 'shards' else ''} have changed; put them "
+                f"{self.pictures} now): names, labels{' or shards' if self.shuffle == 'shards' else ''} have changed; put them "
                 "back (for a lost one an empty file of its name will do), or begin anew with another --output"
             )
 
@@ -384,7 +394,7 @@ class Loader:
         self._discard()
 
     @functools.cached_property
-    def _pictures(self) -> str:
+    def pictures(self) -> str:
         """What the ids mean and, of shards that are shuffled, what their order depends on."""
         digest = self.index.labelled_digest()
         if self.shuffle == "shards":
@@ -505,12 +515,13 @@ class Loader:
         return prepared.arrays
 
     def _ready(self, future: Future[_Prepared]) -> _Prepared:
-        """The batch, once it is prepared; what the storage does not give is asked for again, for PATIENCE seconds.
+        """The batch, once it is prepared; what the storage does not give is asked for again, for PATIENCE seconds or
+        until the other ranks have waited OF_TIMEOUT of their timeout.
 
         Here, in the thread that needs it, and not in the readers': the end of the program would wait for these. Raises
         StorageFailure.
         """
-        began, pause = None, 0.1
+        began, pause, patience = None, 0.1, min(PATIENCE, OF_TIMEOUT * self.timeout)
         while True:
             try:
                 prepared = future.result()
@@ -520,16 +531,16 @@ class Loader:
                 if began is None:
                     if outage.time > self._outage_over:  # not of a batch that was prepared meanwhile
                         began = outage.time
-                        log.warning("%s; asking again for %.0f s", what, PATIENCE)
-                elif time.monotonic() - began < PATIENCE:
+                        log.warning("%s; asking again for %.0f s", what, patience)
+                elif time.monotonic() - began < patience:
                     time.sleep(pause)
-                    pause = min(2 * pause, 30.0)
+                    pause = min(2 * pause, patience / 8)
                 elif self._others_are_read(outage):
                     for sample, error in outage.failed.items():
                         self._mark_bad(sample, str(error))
                 else:
                     raise StorageFailure(
-                        f"{what}, nor others, for {PATIENCE:.0f} s: see that the storage answers; the same command goes on"
+                        f"{what}, nor others, for {patience:.0f} s: see that the storage answers; the same command goes on"
                     ) from None
                 future = self._assembler.submit(self._prepare, outage.epoch, outage.step, outage.read)
             else:
@@ -701,10 +712,12 @@ class Loader:
         bad = len(self.all_bad())
         if bad > most * len(self.index):
             root = shlex.quote(str(self.index.root))
-            raise BadInput(
-                f"{bad} of {len(self.index)} pictures in {str(self.index.root)!r} are unreadable, more than "
-                f"data.max_bad_fraction = {most}; mend them (`ssl-pipeline check-data {root}` finds all) "
-                f"or raise data.max_bad_fraction; {self.bad_summary()}"
+            raise distributed.of_all(
+                BadInput(
+                    f"{bad} of {len(self.index)} pictures in {str(self.index.root)!r} are unreadable, more than "
+                    f"data.max_bad_fraction = {most}; mend them (`ssl-pipeline check-data {root}` finds all) "
+                    f"or raise data.max_bad_fraction; {self.bad_summary()}"
+                )
             )
 
     def bad_summary(self, most: int = 20) -> str:

@@ -191,9 +191,7 @@ class Method(nn.Module):
     def _watched(self, loss: Tensor, embeddings: Tensor) -> dict[str, Tensor]:
         """What is logged of every method, from its loss without the penalty and embeddings (N, K)."""
         with full_precision(embeddings):
-            normalized = nn.functional.normalize(upcast(embeddings), dim=1)
-            # 1 for embeddings spread over the whole sphere, 0 for a collapse to a point (Chen and He 2021, section 4.1).
-            logs = {"embedding_std": normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5}
+            logs = {"embedding_std": embedding_std(upcast(embeddings))}
             logs["embedding_rank"] = participation_ratio(upcast(embeddings))
             if self.head.sparse_layers:
                 logs |= self.head.sparse.logs(self.head.sparse_layers, self.progress.done, loss)
@@ -292,6 +290,16 @@ def copied_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for part, buffers in held:
             part._buffers.update(buffers)
+
+
+def embedding_std(z: Tensor) -> Tensor:
+    """Mean over dimensions of the deviation of z / ||z||, times sqrt(K), of the rows of z (N, K).
+
+    1 for embeddings spread over the whole sphere, 0 for a collapse to a point.
+    Source: Chen and He 2021 (arXiv 2011.10566), section 4.1.
+    """
+    normalized = nn.functional.normalize(z, dim=1)
+    return normalized.std(dim=0).mean() * normalized.shape[1] ** 0.5
 
 
 def participation_ratio(z: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from ssl_pipeline.data.index import Index, image_folder
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import BadInput, StorageFailure
 from ssl_pipeline.pretrain import PretrainConfig
+from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.watchdog import Watchdog
 from tests.ranks import on_ranks
 
 VIEWS = config.validate(PretrainConfig, config.load("imagenet/byol").values).data.views
@@ -576,6 +579,23 @@ def test_a_storage_that_stays_away_ends_the_run_and_marks_nothing(
     again = make(photos)
     again.load_state_dict(state)
     assert rows + seen(again) == whole
+
+
+@pytest.mark.parametrize("timeout", [5.0, 20.0, 33.0, 60.0, 250.0, 600.0, 7200.0])
+def test_a_storage_is_given_up_before_the_other_ranks_give_up_this_one(
+    timeout: float, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    data = make(photos, timeout=timeout)
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    failing(monkeypatch, lambda *_: True)
+    with pytest.raises(StorageFailure, match=f"nor others, for {min(240, 0.4 * timeout):.0f} s: "):
+        seen(data)
+    assert min(240, 0.4 * timeout) <= clock[0] < Watchdog(RunFolder(photos), data.world, timeout)._limit
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder"])

@@ -57,7 +57,16 @@ def test_an_experiment_with_one_evaluation_that_fails(cluster: Cluster, few_digi
     (run / "results" / "knn.json" / "in the way").mkdir(parents=True)  # so that k-nn cannot write its result
     told = cluster.tell("ssl-pipeline", "experiment", *recipe(few_digits, 20), "--output", run, "--time", 5)
     jobs = dict(reversed(match) for match in re.findall(r"^(\d+)  ([\w-]+)", told, flags=re.MULTILINE))
-    assert list(jobs) == ["pretrain", "knn", "linear-probe", "semi-supervised-1", "semi-supervised-10", "report"]
+    assert list(jobs) == [
+        "pretrain",
+        "knn",
+        "linear-probe",
+        "semi-supervised-1",
+        "semi-supervised-10",
+        "analyze",
+        "spectrum",
+        "report",
+    ]
     assert "PENDING (Dependency)" in cluster.tell("ssl-pipeline", "status", run)
     assert cluster.wait(jobs["report"]) == "COMPLETED"
     ends = {verb: cluster.state(job) for verb, job in jobs.items()}
