@@ -37,7 +37,7 @@ def measure(name: str, data: Path, work: Path) -> tuple[Path, dict[str, Any]]:
     key, made_by = digest(row), commit()
     run = work / key / name
     verb("pretrain", row.config, f"data.root={data}", "--output", run)
-    logged = read_lines(run / "metrics.jsonl")
+    logged = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     batch = config.load(row.config).values["data"]["batch_size"]
     told = {"config": key, "commit": made_by, "date": time.strftime("%Y-%m-%d"), "seconds": seconds(logged, batch)}
     record = run / "told.json"  # of when it was made, not of when it was drawn again

@@ -129,7 +129,7 @@ def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
     key, made_by = digest(row), commit()
     run = work / f"{row.config.replace('/', '_')}_{row.seed}_{key}"
     verb("pretrain", row.config, *row.overrides, f"data.root={data}", "--output", run)
-    logged = read_lines(run / "metrics.jsonl")
+    logged = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     batch = config.load(row.config, row.overrides).values["data"]["batch_size"]
     return {
         "label": row.label, "seed": row.seed, "config": key, "commit": made_by, "date": time.strftime("%Y-%m-%d"),

@@ -201,10 +201,8 @@ def _state(
         return f"Slurm job {job} {state}{nodes}" + (f"; {failure}" if failure else "")
     failed = [event for event in events if event["event"] == "failed" and event["verb"] == "pretrain"]
     if failed and failed[-1] == [event for event in events if event.get("verb", "pretrain") == "pretrain"][-1]:
-        log_file = f"{run.logs}/{failed[-1]['job']}_0_log.out"
-        return (
-            f"{failure}; log: {log_file}" if failure else f"failed with status {failed[-1]['status']}; why: {log_file}"
-        )
+        log = next(run.logs.rglob(f"{failed[-1]['job']}_0_log.out"), run.logs)
+        return f"{failure}; log: {log}" if failure else f"failed with status {failed[-1]['status']}; why: {log}"
     if run.is_locked():
         return f"running on {last['host']}" if last else "running"
     local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]

@@ -9,9 +9,12 @@ Every error is a `BadInput`: one sentence that names the key, the file it came f
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import itertools
+import json
 import pkgutil
 import re
 import types
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, TypeAdapter, ValidationError
 
 from ssl_pipeline.exits import BadInput
 
@@ -232,7 +235,7 @@ def validate(model: type[Model], values: Any, tree: Tree | None = None, prefix: 
 
 
 def _sentence(model: type[Options], error: Any, tree: Tree | None, prefix: str) -> str:
-    key, siblings = _locate(model, error["loc"])
+    key, siblings, sections = _locate(model, error["loc"])
     key = f"{prefix}{key}".rstrip(".")
     origin = tree.origin(key) if tree and key else "default"
     source = "" if origin == "default" else f" ({origin})"
@@ -242,18 +245,39 @@ def _sentence(model: type[Options], error: Any, tree: Tree | None, prefix: str) 
         return f"unknown key `{key}`{source}{_nearest(key, here)}"
     if error["type"] == "missing":
         return f"`{key}` is missing: give it in the config or as {key}=VALUE"
+    given = error["input"]
+    if sections and error["type"].startswith("model_") and not isinstance(given, Mapping):
+        return _no_section(key, given, source, sections)
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    given = error["input"]
+    if error["type"] == "value_error" and sections and tree:  # of what several options are together
+        named = (word if word.startswith(f"{key}.") else f"{key}.{word}" for word in re.findall(r"[\w.]*\w", message))
+        known = [f"`{name}` ({tree.origins[name]})" for name in dict.fromkeys(named) if name in tree.origins]
+        return f"{', '.join(known) or f'`{key}`'}: {message}"
     shown = "" if isinstance(given, (dict, list, BaseModel)) else f" = {given!r}"
     if error["type"] == "list_type" and isinstance(given, str):
         message += f", as {key}=[{given}]"
     return f"`{key}`{shown}{source}: {message[0].lower()}{message[1:]}"
 
 
-def _locate(model: type[Options], location: tuple[Any, ...]) -> tuple[str, list[str]]:
-    """The dotted key of a pydantic location, and the names of the fields among which its last part stands."""
+def _no_section(key: str, given: Any, source: str, sections: list[type[Options]]) -> str:
+    """The sentence for a value in the place of a section; several `sections` are the forms which that may have."""
+    shared = [name for name in sections[0].model_fields if all(name in section.model_fields for section in sections)]
+    example = ""
+    for section, name in itertools.product(sections, [] if isinstance(given, list) else shared):
+        info = section.model_fields[name]
+        kind: Any = Annotated[info.annotation, info]
+        with contextlib.suppress(ValidationError):
+            TypeAdapter(kind).validate_python(given, strict=True)
+            example = f", as {key}.{name}={given if isinstance(given, str) else json.dumps(given)}"
+            break
+    return f"`{key}` is a section{source}: give its options by name{example}; they are {', '.join(shared)}"
+
+
+def _locate(model: type[Options], location: tuple[Any, ...]) -> tuple[str, list[str], list[type[Options]]]:
+    """The dotted key of a pydantic location, the names of the fields among which its last part stands, and the forms of the
+    section that stands there; none where it is an option."""
     key: list[str] = []
     siblings: list[str] = []
     kind: Any = model
@@ -270,7 +294,9 @@ def _locate(model: type[Options], location: tuple[Any, ...]) -> tuple[str, list[
             kind = fields[part].annotation
         elif isinstance(part, int):
             kind = next((a for m in _members(kind) for a in get_args(m)), None)
-    return ".".join(key), siblings
+        else:
+            kind = None
+    return ".".join(key), siblings, [m for m in _members(kind) if isinstance(m, type) and issubclass(m, Options)]
 
 
 def _members(kind: Any) -> list[Any]:
@@ -313,7 +339,10 @@ def _method_options(value: Any) -> Any:
     if isinstance(value, Options):
         return value
     names = method_names()
-    name = value.get("name") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping):
+        example = value if value in names else "NAME"
+        raise BadInput(f"`method` is a section: give method.name={example} (of {', '.join(names)})")
+    name = value.get("name")
     if name not in names:
         raise BadInput(f"`method.name` = {name!r} is no method{_nearest(str(name), names)} (of {', '.join(names)})")
     return validate(importlib.import_module(f"ssl_pipeline.methods.{name}").Options, value, prefix="method.")

@@ -176,9 +176,7 @@ def _find(host: str, port: int, size: int, patience: float = 10.0) -> dist.Store
     In a thread, because torch waits for ever for the answer of a program that gives none.
     """
     try:
-        socket.create_connection(
-            (host, port), timeout=patience
-        ).close()  # torch would log at length that nobody is there
+        _require_listener(host, port, patience)
     except OSError:
         return None
     found: queue.Queue[dist.Store] = queue.Queue()
@@ -197,9 +195,22 @@ def _find(host: str, port: int, size: int, patience: float = 10.0) -> dist.Store
         return None
 
 
+def _require_listener(host: str, port: int, patience: float = 10.0) -> None:
+    """Raises OSError where nobody listens: torch would try for minutes, and log at length."""
+    socket.create_connection((host, port), timeout=patience).close()
+
+
 def store() -> dist.Store:
-    """The job's store, by a connection of its own: torch's is held as long as the main thread waits for a key."""
+    """The job's store, by a new connection: torch's own is held as long as the main thread waits for a key.
+
+    Raises OSError or DistError where it cannot be reached.
+    """
     shared = dist.distributed_c10d._get_default_store()
+    tcp = shared
+    while isinstance(tcp, dist.PrefixStore):
+        tcp = tcp.underlying_store
+    if isinstance(tcp, dist.TCPStore):
+        _require_listener(tcp.host, tcp.port)
     own = shared.clone() if hasattr(shared, "clone") else shared  # the oldest torch that we take has no clone
     return dist.PrefixStore("ssl_pipeline", own)
 

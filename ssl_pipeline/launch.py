@@ -10,6 +10,7 @@ Nothing here imports torch: until a job has been unpickled nobody listens to sig
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -335,8 +336,27 @@ def parameters(resources: Resources, name: str) -> dict[str, Any]:
 def script(resources: Resources, name: str, folder: Path) -> str:
     """The sbatch script by which submitit starts the job. Raises BadInput where the folder's name ends a line of it."""
     _require_one_line(folder)
+    folder = _free(folder, name)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
     return _make_sbatch_string(command=command, folder=folder, **parameters(resources, name))
+
+
+def _free(folder: Path, name: str) -> Path:
+    """The first of folder/<name>_1, folder/<name>_2 ... that is not there."""
+    return next(place for n in itertools.count(1) if not os.path.lexists(place := folder / f"{name}_{n}"))
+
+
+def _new_folder(folder: Path, name: str) -> Path:
+    """Make a folder for jobs of this name.
+
+    submitit unpickles what it finds under a job's number, which on one machine is the number of a process: in a folder
+    that was copied from a stranger's run the stranger's file could lie there already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):  # another submission was faster
+            (place := _free(folder, name)).mkdir()
+            return place
 
 
 def _require_one_line(folder: Path) -> None:
@@ -351,14 +371,14 @@ def submit(
 ) -> list[Any]:
     """Submit jobs, several as one array, and return submitit's at once. Raises BadInput where Slurm refuses them.
 
-    `run` is the run folder in which the submission is recorded.
+    Their logs and pickles lie in a new folder below `folder`. `run` is the run folder in which the submission is recorded.
     """
     if resources.cluster == "debug":
         return _in_this_process(jobs)
     _require_one_line(folder)
     require_owner(folder)  # the jobs' pickles lie there, and are run
     if resources.cluster == "local":
-        executor: Any = submitit.LocalExecutor(folder, max_num_timeout=_UNLIMITED)
+        executor: Any = submitit.LocalExecutor(_new_folder(folder, name), max_num_timeout=_UNLIMITED)
         executor.update_parameters(
             tasks_per_node=resources.tasks,
             gpus_per_node=resources.gpus_per_node,
@@ -372,7 +392,7 @@ def submit(
         timeouts = _UNLIMITED if verb in RESUMED else 3
         if cluster.ask("sinfo", "-h") is None:
             raise BadInput("no Slurm answers here: submit on a machine of the cluster, or give --cluster local")
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=timeouts)
+        executor = submitit.SlurmExecutor(_new_folder(folder, name), max_num_timeout=timeouts)
         executor.update_parameters(**parameters(resources, name))
     try:
         with outside_of_jobs(quiet=resources.cluster == "local"), executor.batch():
@@ -405,7 +425,8 @@ def follow(submitted: Sequence[Any], resources: Resources, folder: Path, runs: S
     asked = f"nodes {resources.nodes}, on each {resources.tasks} processes and {gpus}"
     lines = [f"submitted {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)} ({resources.cluster}): {asked}"]
     lines += [f"status:   ssl-pipeline status {shlex.quote(str(run.path))}" for run in runs]
-    lines += [f"log:      tail -F {shlex.quote(str(folder / f'{number}_0_log.out'))}" for number in ids]
+    logs = [folder / one.paths.folder.name / f"{one.job_id}_0_log.out" for one in submitted]
+    lines += [f"log:      tail -F {shlex.quote(str(path))}" for path in logs]
     cancel = f"scancel {' '.join(ids)}" if resources.cluster == "slurm" else f"kill {' '.join(ids)}"
     lines.append(f"stop:     {cancel}")
     return "\n".join(lines)
@@ -539,7 +560,7 @@ def _run_local(job: Job, resources: Resources, run: RunFolder) -> int:
 
         return cli.main(job.words)
     (local,) = submit([job], resources, job.words[0], run.path / "logs", run)
-    log.info("%s runs as process %s; its log: %s", job.words[0], local.job_id, run.logs / f"{local.job_id}_0_log.out")
+    log.info("%s runs as process %s; its log: %s", job.words[0], local.job_id, local.paths.stdout)
     local.wait()
     if local.exception() is None:
         return Status.DONE

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.exits import StorageFailure
-from ssl_pipeline.run_folder import append_whole, drop_rows, duration
+from ssl_pipeline.run_folder import Diary, duration
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -53,6 +56,47 @@ class Skipped:
     """Counted from 1, as in metrics.jsonl."""
     values: dict[str, float]
     """Its OF_EACH_STEP, means over ranks."""
+
+
+class Curves:
+    """TensorBoard's file of events, in `folder`.
+
+    Written here, since the writer of torch.utils.tensorboard does so in a thread, which a full disk ends with a traceback.
+    The format is TensorFlow's: tensorboard/compat/proto/event.proto in tensorboard/summary/writer/record_writer.py.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        self._start = SessionLog(status=SessionLog.START)
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
+        self._diary = Diary(folder / name)
+        self._records = RecordWriter(self._diary)
+        self._add(file_version="brain.Event:2")
+
+    def drop_from(self, step: int) -> None:
+        """Have points of steps from `step` on no longer shown, in whichever file of the folder they are."""
+        self._add(step=step, session_log=self._start)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add a point to the curve of each name."""
+        points = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=self._summary(value=points))
+
+    def image(self, name: str, png: bytes, height: int, width: int) -> None:
+        """Show a PNG file of RGB."""
+        image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._add(step=0, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        self._diary.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 class Monitor:
@@ -90,41 +134,31 @@ class Monitor:
         """Of each step since the last logged one: whether it was skipped, and OF_EACH_STEP."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._writer: Any = None
         self._clock: float | None = None
         self._waited = self._held = 0.0
-        self._unwritten: list[bytes] = []
-        """Rows of metrics.jsonl that a full disk refused."""
         self._since = start_step
         self._remedy = remedy
         self._slow = (0.0, 0.0)
         """Seconds without a logged interval that waited less than SLOW of its time, and of these seconds those waited."""
         self._quiet = math.inf
         """Seconds of training since a word was said."""
-        self._files = metrics, tensorboard
-        self._open(start_step)
+        self._metrics = Diary(metrics)
+        self._curves = Curves(tensorboard) if options.tensorboard and world.is_main else None
+        self._drop_after(start_step)
 
-    def _open(self, step: int) -> None:
+    def _drop_after(self, step: int) -> None:
         if self.world.is_main:
-            metrics, tensorboard = self._files
-            self._unwritten = [row for row in self._unwritten if json.loads(row)["step"] <= step]
             try:
-                drop_rows(metrics, lambda row: row["step"] > step)
-                self._metrics = metrics.open("ab", buffering=0)
+                self._metrics.drop(lambda row: row["step"] > step)
+                self._metrics.path.touch()
             except OSError as error:
-                raise StorageFailure.of(str(metrics), error) from None
-            if self.options.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                try:
-                    self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
-                except OSError as error:
-                    self._no_curves(error)
+                raise StorageFailure.of(str(self._metrics.path), error) from None
+            if self._curves is not None:
+                self._curves.drop_from(step + 1)
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`, whose state was loaded, and go on from there, no step having been skipped."""
-        self.close()
-        self._open(step)
+        self._drop_after(step)
         self._in_a_row.zero_()
         # Those among them that were skipped have been told of.
         self._each = [torch.zeros_like(one) for one in self._each]
@@ -264,30 +298,11 @@ class Monitor:
             self._write({"step": step, "epoch": epoch, **values}, list(values))
 
     def _write(self, row: dict[str, float | None], shown: list[str]) -> None:
-        """A row of metrics.jsonl, and those of its values that TensorBoard shows. No run ends for them.
-
-        What the disk refuses is written with a later row.
-        """
-        said = bool(self._unwritten)
-        self._unwritten.append(json.dumps(row).encode() + b"\n")
-        try:
-            while self._unwritten:
-                append_whole(self._metrics, self._unwritten[0])
-                del self._unwritten[0]
-        except OSError as error:
-            if not said:
-                log.warning("cannot write to %s: %s; its rows wait until there is room", self._metrics.name, error)
-        if self._writer is not None:
-            try:
-                for name in shown:
-                    if row[name] is not None:
-                        self._writer.add_scalar(name, row[name], row["step"])
-            except OSError as error:
-                self._no_curves(error)
-
-    def _no_curves(self, error: OSError) -> None:
-        log.warning("cannot write TensorBoard's file: %s; its curves end here until the next start", error)
-        self._writer = None
+        """A row of metrics.jsonl, and those of its values that TensorBoard shows."""
+        self._metrics.write(json.dumps(row).encode() + b"\n")
+        if self._curves is not None:
+            values = {name: value for name in shown if (value := row[name]) is not None}
+            self._curves.scalars(values, int(row["step"] or 0))
 
     def tick(self, step: int) -> None:
         """Start the clock of the next interval: after `step` steps, and after anything that is no training."""
@@ -315,17 +330,22 @@ class Monitor:
     def show_views(self, path: Path, views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> None:
         """Write the first eight pictures' views, undone normalisation, as `path` and to TensorBoard: a row a picture."""
         grid = view_grid(views, normalized)
-        Image.fromarray(grid).save(path)
-        if self._writer is not None:
-            self._writer.add_image("views", grid, 0, dataformats="HWC")
+        png = io.BytesIO()
+        Image.fromarray(grid).save(png, "png")
+        try:
+            path.write_bytes(png.getvalue())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # half a picture
+            log.warning("cannot write %s: %s; the run goes on without this picture of its views", path, error.strerror)
+        if self._curves is not None:
+            self._curves.image("views", png.getvalue(), *grid.shape[:2])
 
     def close(self) -> None:
-        """Flush and close what was opened."""
-        if self.world.is_main:
-            self._metrics.close()
-            if self._writer is not None:
-                with contextlib.suppress(OSError):
-                    self._writer.close()
+        """Write what waits, and close what was opened."""
+        self._metrics.close()
+        if self._curves is not None:
+            self._curves.close()
 
 
 def view_grid(views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> np.ndarray:

@@ -44,7 +44,7 @@ from ssl_pipeline.optim import Options as OptimOptions
 from ssl_pipeline.preemption import Preemption
 from ssl_pipeline.preflight import preflight
 from ssl_pipeline.recovery import Options as RecoveryOptions
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, saved_steps
 from ssl_pipeline.sparse_head import Options as SparseOptions
 from ssl_pipeline.watchdog import Options as WatchdogOptions
 from ssl_pipeline.watchdog import Watchdog
@@ -104,7 +104,8 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
     def read_pictures() -> tuple[Index | None, BadInput | None]:
         require_dali()
         try:
-            index = pretraining_index(options.data.root, options.data.unlabelled)
+            begun = bool(saved_steps(run.checkpoints))
+            index = pretraining_index(options.data.root, options.data.unlabelled, begun)
         except BadInput as error:  # perhaps on this node alone
             return None, error
         require_shuffle(options.data.shuffle, index)
@@ -280,7 +281,7 @@ def _train(
     method.train()
     watch.tick(step)
     timeout = timedelta(seconds=options.distributed.timeout)
-    with contextlib.closing(watch), Preemption(timeout) as preemption:
+    with contextlib.closing(watch), contextlib.closing(skips), Preemption(timeout) as preemption:
         while step < end:
             for batch in watch.timed(data):
                 watchdog.beat(step)

@@ -18,7 +18,7 @@ from ssl_pipeline import config
 from ssl_pipeline.data.loader import Loader
 from ssl_pipeline.exits import NonFinite
 from ssl_pipeline.monitor import Skipped
-from ssl_pipeline.run_folder import RunFolder, append_whole, drop_rows, read_lines, saved_steps
+from ssl_pipeline.run_folder import Diary, RunFolder, read_lines, saved_steps
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -47,6 +47,7 @@ class SkipLog:
 
     def __init__(self, path: Path, fp16: bool) -> None:
         self.path, self.fp16 = path, fp16
+        self._diary = Diary(path)
         self._streaks: dict[int, _Streak] = {}
         """By the level of what is logged of them."""
         self._rollbacks = 0
@@ -55,8 +56,8 @@ class SkipLog:
         """Drop the rows of steps after `step` with `rollbacks` before them or, of a rollback that was not saved, with more:
         a process that ended listed them, and they come again."""
         try:
-            drop_rows(self.path, lambda row: row["step"] > step and row["rollbacks"] >= rollbacks)
-        except OSError as error:  # a diary: no run ends for it
+            self._diary.drop(lambda row: row["step"] > step and row["rollbacks"] >= rollbacks)
+        except OSError as error:
             log.warning("cannot write to %s: %s; steps may be listed there twice", self.path, error)
 
     def tell(self, step: int, skipped: Sequence[Skipped], data: Loader) -> None:
@@ -91,22 +92,20 @@ class SkipLog:
 
     def _list(self, skipped: Sequence[Skipped], overflows: Sequence[Skipped], data: Loader) -> str:
         """Append a row for each skipped step. Returns where they are."""
-        rows = []
+        if self._diary.size > MOST_BYTES:
+            return f"{self.path} is full, no more are listed there"
         for one in skipped[:MOST_STEPS]:
             epoch, place = divmod(one.step - 1, len(data))
             ids = data.batch_ids(epoch, place).tolist()
             numbers = {name: value if math.isfinite(value) else str(value) for name, value in one.values.items()}
             why = {"overflow": "fp16"} if one in overflows else {"files": [data.index.name(sample) for sample in ids]}
-            rows.append({"step": one.step, "epoch": epoch, "rollbacks": data.rollbacks, **numbers, "ids": ids, **why})
-        try:
-            if self.path.is_file() and self.path.stat().st_size > MOST_BYTES:
-                return f"{self.path} is full, no more are listed there"
-            if rows:
-                with self.path.open("ab", buffering=0) as file:
-                    append_whole(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        except OSError as error:  # a diary: no run ends for it
-            return f"cannot write to {self.path}: {error}"
+            row = {"step": one.step, "epoch": epoch, "rollbacks": data.rollbacks, **numbers, "ids": ids, **why}
+            self._diary.write(json.dumps(row).encode() + b"\n")
         return f"the pictures of each batch are in {self.path}"
+
+    def close(self) -> None:
+        """Write what waits for a full disk, if it takes it by now."""
+        self._diary.close()
 
 
 class _Streak:

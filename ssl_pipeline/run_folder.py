@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import logging
 import os
@@ -236,6 +237,78 @@ class RunFolder:
             self._lock = None
 
 
+class Diary:
+    """A file that grows row by row, for which no run ends: what a full disk refuses waits, and is written with what comes later.
+
+    Each row is there whole or not at all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: io.FileIO | None = None
+        self._waiting: list[bytes] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes, with what waits."""
+        waiting = sum(map(len, self._waiting))
+        try:
+            return self.path.stat().st_size + waiting
+        except OSError:
+            return waiting
+
+    def write(self, row: bytes) -> None:
+        """Append `row`, which is there when this returns if the disk takes it."""
+        said = bool(self._waiting)
+        self._waiting.append(row)
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not said:
+                log.warning("cannot write to %s: %s; what it lacks is written when there is room", self.path, error)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            start, rest = self._file.seek(0, os.SEEK_END), self._waiting[0]
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(start)  # else the next row would be joined to half of this one
+                raise
+            del self._waiting[0]
+
+    def drop(self, dropped: Callable[[dict[str, Any]], bool]) -> None:
+        """Cut the file, of JSON lines, off at the first row that is to be `dropped`, and from what a kill left of a last
+        row; of what waits, drop those rows.
+
+        In place, which needs no room and cannot lose the others. Raises OSError.
+        """
+        self._waiting = [row for row in self._waiting if not dropped(json.loads(row))]
+        if not self.path.exists():
+            return
+        kept = end = 0
+        with self.path.open("r+b") as file:
+            for line in file:
+                end += len(line)
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
+                    if dropped(json.loads(line)):
+                        break
+                    kept = end if line.endswith(b"\n") else kept
+            file.truncate(kept)
+
+    def close(self) -> None:
+        """Write what waits, if the disk takes it by now, and close the file."""
+        with contextlib.suppress(OSError):
+            self._write_waiting()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
 def require_owner(folder: Path) -> None:
     """Raises BadInput where a folder is another user's, unless this one is root; warns where others may write to it."""
     if not folder.exists():
@@ -271,35 +344,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
-
-
-def append_whole(file: IO[bytes], text: bytes) -> None:
-    """Append to an unbuffered file all of `text` or, where the disk refuses that, nothing. Raises OSError."""
-    start, rest = file.seek(0, os.SEEK_END), text
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError:
-        file.truncate(start)  # else the next row would be joined to half of this one
-        raise
-
-
-def drop_rows(path: Path, dropped: Callable[[dict[str, Any]], bool]) -> None:
-    """Cut a file of JSON lines off at the first row that is to be `dropped`, and from what a kill left of a last row.
-
-    In place, which needs no room and cannot lose the others. Raises OSError.
-    """
-    if not path.exists():
-        return
-    kept = end = 0
-    with path.open("r+b") as file:
-        for line in file:
-            end += len(line)
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
-                if dropped(json.loads(line)):
-                    break
-                kept = end if line.endswith(b"\n") else kept
-        file.truncate(kept)
 
 
 def checkpoint_file(folder: Path, step: int) -> Path:

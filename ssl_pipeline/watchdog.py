@@ -11,6 +11,9 @@ the heartbeats are the evidence.
 
 A rank that ends by a Stop of its own (its pictures' storage is gone) says so in the place of a verdict before it goes:
 the others end with its status and its sentence, and nobody is lost.
+
+Where a library holds Python's lock (the GIL), neither thread runs: a timer's signal then has C write the main thread's
+stack to stderr, and the other ranks find this one silent.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -30,14 +35,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from pydantic import Field
 
 from ssl_pipeline import cluster, config, distributed
-from ssl_pipeline.exits import RankLost, Status, Stop
+from ssl_pipeline.exits import Status, Stop
 from ssl_pipeline.run_folder import RunFolder, saved_steps
+
+log = logging.getLogger("ssl_pipeline")
 
 T = TypeVar("T")
 
@@ -78,87 +85,53 @@ class Heartbeat:
     """None while it runs, empty after a proper end, else what it ended with."""
 
 
-class Watchdog:
-    """A context around the loop, which calls `beat` once a step.
+class Verdict(NamedTuple):
+    """Why all end; the first one that a rank writes into the store is all ranks'."""
 
-    Raises RankLost in the place of an exception by which a collective tells that another rank is gone, or a Stop with that
-    rank's status where it said why it went. Ends the process with that status where the loop does not beat for `timeout`
-    seconds, or another rank found that one is lost. The first to find it tells and records it for all; of a rank that
-    said why, the main one does.
+    teller: int | None
+    """The rank that says and records it. None: each does, since without the store they cannot agree."""
+    ranks: list[int]
+    """Those that are lost, or the one that said why it goes."""
+    reason: str
+    defect: bool
+    """Whether one of them ended with an error of its own, which would come again."""
+    status: int = Status.RANK_LOST
+    """With which all end: another one where a rank said why it goes."""
+
+
+class Line:
+    """A rank's line to the job's store, in a thread of its own, since it may hang where a node is gone.
+
+    Every `interval` seconds it writes the heartbeat that `look` returns for a count, and reads whether there is a verdict.
+    A connection that broke is made anew; where that fails for `patience` seconds it gives up.
     """
 
-    def __init__(self, run: RunFolder, world: distributed.World, timeout: float) -> None:
-        self._run, self._world = run, world
-        self._interval = min(1.0, timeout / (4 * BEATS))
-        self._timeout = timeout
-        self._limit = timeout - 2 * BEATS * self._interval  # the rest is for the verdict
-        self._main = threading.get_ident()
-        self._step: int | None = None
-        self._beats = 0
-        self._still = 0.0
+    def __init__(self, world: distributed.World, interval: float, patience: float, look: Callable[[int], Heartbeat]):
+        self._rank, self._interval, self._patience, self._look = world.rank, interval, patience, look
+        self._store: dist.Store | None = None
         self._count = 0
-        self._ended: str | None = None
-        self._found = b""
-        self._host_of_main = ""
-        self._file: IO[str] | None = None
-        self._over, self._known = threading.Event(), threading.Event()
-        self._deciding = threading.Lock()
+        self._over = threading.Event()
         self._questions: queue.Queue[tuple[Callable[[dist.Store], Any], queue.Queue[Any]]] = queue.Queue()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.known = threading.Event()
+        """Set when there is a verdict."""
+        self.verdict: Verdict | None = None
+        self.at_main = ""
+        """` on HOST`, where the main rank's host is known."""
+        self.gave_up = False
 
-    def beat(self, step: int) -> None:
-        """The loop goes on, in `step`. To be called once a step, and after what takes long and is no step."""
-        self._step = step
-        self._beats += 1
+    @property
+    def farewell(self) -> bool:
+        """Whether the verdict is that of a rank which said why it goes."""
+        return self.verdict is not None and self.verdict.status != Status.RANK_LOST
 
-    def __enter__(self) -> Watchdog:
+    def start(self) -> None:
+        """Connect, and begin with the heartbeats."""
         self._store = distributed.store()
-        for thread in self._threads:
-            thread.start()
-        return self
+        self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        lost = None
-        if self._world.size > 1 and isinstance(error, Exception) and tells_of_a_lost_rank(error):
-            lost = self._end(error)
-            self._let_others_know()
-        # A rank that stops because another one does has nothing to say of itself.
-        self._ended = "" if error is None or lost or not str(error) else _in_short(error)
-        if self._ended and isinstance(error, Stop) and not error.of_all:
-            self._say_farewell(error)
-        self._over.set()
-        self._questions.put((lambda store: None, queue.Queue()))  # wakes the thread, whose last heartbeat says the end
-        for thread in self._threads:
-            thread.join(BEATS * self._interval)
-        faulthandler.cancel_dump_traceback_later()
-        if self._file is not None:
-            self._file.close()
-            if not self._stacks.stat().st_size:
-                self._stacks.unlink()
-        if lost is not None:
-            raise lost from error
-
-    # ---------------------------------------------------------------------------------------------------- the two threads
-    def _talk(self) -> None:
-        """Writes heartbeats and answers questions, alone with its connection: it may hang where a node is gone."""
-        with contextlib.suppress(dist.DistError, RuntimeError):  # the store is gone, and with it rank 0's node
-            while True:
-                over = self._over.is_set()
-                self._count += 1
-                self._store.set(_key(self._world.rank), json.dumps(asdict(self._heartbeat())))
-                if over:
-                    return
-                if not self._host_of_main and self._store.check([_key(0)]):
-                    self._host_of_main = _read(self._store.get(_key(0))).host
-                if not self._known.is_set() and self._store.check(["verdict"]):
-                    self._found = self._store.get("verdict")
-                    self._known.set()
-                with contextlib.suppress(queue.Empty):
-                    question, answer = self._questions.get(timeout=self._interval)
-                    answer.put(question(self._store))
-
-    def _ask(self, question: Callable[[dist.Store], T]) -> T | None:
-        """What the store answers; None where it does not."""
+    def ask(self, question: Callable[[dist.Store], T]) -> T | None:
+        """What `question` finds in the store; None where it does not answer."""
         answer: queue.Queue[T] = queue.Queue()
         self._questions.put((question, answer))
         try:
@@ -166,23 +139,136 @@ class Watchdog:
         except queue.Empty:
             return None
 
+    def propose(self, verdict: Verdict) -> None:
+        """Make `verdict` all ranks', unless there is one already, which is then this rank's too."""
+        if found := self.ask(lambda store: store.compare_set("verdict", "", json.dumps(verdict))):
+            self.verdict = Verdict(*json.loads(found))
+
+    def close(self) -> None:
+        """Write a last heartbeat, and end."""
+        self._over.set()
+        self._questions.put((lambda store: None, queue.Queue()))  # wakes the thread
+        self._thread.join(BEATS * self._interval)
+
+    def _run(self) -> None:
+        failed_since: float | None = None
+        while True:
+            over = self._over.is_set()
+            try:
+                if self._store is None:  # torch does not mend a connection that broke
+                    self._store = distributed.store()
+                self._speak(self._store)
+                failed_since = None
+                if not over:
+                    self._answer(self._store)
+            except (OSError, RuntimeError):  # a DistError is a RuntimeError
+                self._store = None
+                now = time.monotonic()
+                failed_since = failed_since or now
+                if now - failed_since > self._patience:
+                    self.gave_up = True
+                    log.warning(
+                        "rank %d has not reached the job's store%s for %.0f s and tries no more: training goes on, but if a "
+                        "rank is lost, which one it was cannot be told",
+                        self._rank, self.at_main, now - failed_since,
+                    )  # fmt: skip
+                    return
+                self._over.wait(self._interval)
+            if over:
+                return
+
+    def _speak(self, store: dist.Store) -> None:
+        self._count += 1
+        store.set(_key(self._rank), json.dumps(asdict(self._look(self._count))))
+        if not self.at_main and store.check([_key(0)]):
+            self.at_main = f" on {_read(store.get(_key(0))).host}"
+        if not self.known.is_set() and store.check(["verdict"]):
+            self.verdict = Verdict(*json.loads(store.get("verdict")))
+            self.known.set()
+
+    def _answer(self, store: dist.Store) -> None:
+        """Answer the next question, for which it waits an interval."""
+        try:
+            question, answer = self._questions.get(timeout=self._interval)
+        except queue.Empty:
+            return
+        try:
+            answer.put(question(store))
+        except (OSError, RuntimeError):
+            self._questions.put((question, answer))  # for the next connection
+            raise
+
+
+class Watchdog:
+    """A context around the loop, which calls `beat` once a step.
+
+    Raises a Stop with the verdict's status in the place of an exception by which a collective tells that another rank is
+    gone. Ends the process with that status where the loop does not beat for `timeout` seconds, or another rank came to a
+    verdict. The first to find that a rank is lost tells and records it for all; of a rank that said why it goes, the main
+    one does.
+    """
+
+    def __init__(self, run: RunFolder, world: distributed.World, timeout: float) -> None:
+        self._run, self._world, self._timeout = run, world, timeout
+        self._interval = min(1.0, timeout / (4 * BEATS))
+        self._limit = timeout - 2 * BEATS * self._interval  # the rest is for the verdict
+        self._line = Line(world, self._interval, timeout, self._heartbeat)
+        self._main = threading.get_ident()
+        self._step: int | None = None
+        self._beats = 0
+        self._still = 0.0
+        self._ended: str | None = None
+        self._over = threading.Event()
+        self._deciding = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def beat(self, step: int) -> None:
+        """The loop goes on, in `step`. To be called once a step, and after what takes long and is no step."""
+        self._step = step
+        self._beats += 1
+
+    def __enter__(self) -> Watchdog:
+        # Of the thread that gets the signal alone, which stands still meanwhile. faulthandler's own timer reads the frames
+        # of all threads from one without the GIL. Where another one holds it and hangs, they do not change; but in a process
+        # that is woken after a stop (SIGCONT, a laptop asleep) the timer is over at once and all run: it crashed.
+        if self._world.size > 1:
+            faulthandler.register(signal.SIGALRM, file=2, all_threads=False)
+        self._line.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        stop = None
+        if self._world.size > 1 and isinstance(error, Exception) and tells_of_a_lost_rank(error):
+            stop = self._end(error)
+            self._let_others_know()
+        # A rank that stops because another one does has nothing to say of itself.
+        self._ended = "" if error is None or stop or not str(error) else _in_short(error)
+        self._over.set()
+        if self._world.size > 1 and self._ended and isinstance(error, Stop) and not error.of_all:
+            self._say_farewell(error)
+        self._line.close()
+        self._thread.join(BEATS * self._interval)
+        if self._world.size > 1:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
+        if stop is not None:
+            raise stop from error
+
     def _watch(self) -> None:
         seen, before = 0, time.monotonic()
-        while not self._over.wait(self._interval) and self._ended is None:
+        while not self._over.wait(self._interval):
             now = time.monotonic()
             # A process that was stopped (SIGSTOP, a laptop asleep) is not to blame for that time: it did not tick either.
             self._still += min(now - before, 2 * self._interval)
             before = now
             if seen != self._beats:
                 seen, self._still = self._beats, 0.0
-                # Where something holds the GIL this thread does not run and C alone can write the stacks. It must not end
-                # the process too: it cannot tell a process that was stopped. The other ranks find this one silent. Not of
-                # a rank alone: woken after a stop it would be dumped while it runs, which may crash it, and should go on.
-                if self._world.size > 1:
-                    faulthandler.dump_traceback_later(self._timeout, file=self._open())
-            if self._known.is_set() or (seen and self._still >= self._limit):
+                if self._world.size > 1:  # a rank alone that was stopped goes on, and has nothing to tell
+                    signal.setitimer(signal.ITIMER_REAL, self._timeout)
+            if self._line.known.is_set() or (seen and self._still >= self._limit):
                 # After a farewell the loop ends by itself where its collectives fail, and what it was writing is whole.
-                if self._said_farewell() and self._over.wait(3 * BEATS * self._interval):
+                if self._line.farewell and self._over.wait(3 * BEATS * self._interval):
                     return
                 stop = self._end(None)
                 if str(stop):
@@ -191,68 +277,64 @@ class Watchdog:
                 self._let_others_know()
                 os._exit(stop.status)
 
-    def _heartbeat(self) -> Heartbeat:
+    def _heartbeat(self, count: int) -> Heartbeat:
         where, waits = _position(self._main)
         host = cluster.node_name()
-        return Heartbeat(self._count, time.time(), host, self._step, self._still, where, waits, self._ended)
+        return Heartbeat(count, time.time(), host, self._step, self._still, where, waits, self._ended)
 
     # -------------------------------------------------------------------------------------------------------- the verdict
     def _end(self, error: BaseException | None) -> Stop:
-        """Stacks written, the lost rank found and recorded: what to raise, without a word where another rank says it."""
+        """What ends this rank by all ranks' verdict, without a word where another rank says it."""
         if not self._deciding.acquire(blocking=False):
             threading.Event().wait()  # the other thread is at it, and ends the process
-        if error is None and not self._said_farewell():  # at once: there may not be much time left
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if error is None and not self._line.farewell:  # at once: there may not be much time left
             _within(BEATS * self._interval, lambda: self._dump(error))
-        teller, ranks, reason, defect, status = self._verdict()
-        if status != Status.RANK_LOST:
-            if self._world.is_main:
-                event = {"status": status, "reason": reason}
-                _within(BEATS * self._interval, lambda: self._run.record("end", **event))
-            stop = Stop(reason if self._world.is_main else "")
-            stop.status = Status(status)
-            return stop
-        if error is not None:
+        verdict = self._verdict()
+        if error is not None and verdict.status == Status.RANK_LOST:
             _within(BEATS * self._interval, lambda: self._dump(error))
-        if teller not in (self._world.rank, None):
-            return RankLost("")
+        stop = Stop(self._tell(verdict) if verdict.teller in (self._world.rank, None) else "")
+        stop.status = Status(verdict.status)
+        return stop
+
+    def _verdict(self) -> Verdict:
+        """All ranks' verdict: the one that there is, or what two readings of all heartbeats say."""
+        line, read = self._line, partial(_everyone, self._world.size)
+        first = None if line.known.is_set() else line.ask(read)
+        if first is not None and not line.known.wait(BEATS * self._interval):
+            last = line.ask(read)
+            if last is not None:
+                line.propose(Verdict(self._world.rank, *diagnose(first, last, self._world.size)))
+        if line.verdict is not None:
+            return line.verdict
+        if line.gave_up:  # and the loop went on since then, with rank 0
+            reason = f"a rank is lost, and without the job's store{line.at_main} which one it is cannot be told"
+            return Verdict(None, [], reason, False)
+        return Verdict(None, [0], f"rank 0{line.at_main} is lost, and the job's store with it: {GONE}", False)
+
+    def _tell(self, verdict: Verdict) -> str:
+        """Record the verdict, and give the job back to Slurm where a lost rank may be a node's fault: what to say."""
+        if verdict.status != Status.RANK_LOST:
+            end = {"status": verdict.status, "reason": verdict.reason}
+            _within(BEATS * self._interval, lambda: self._run.record("end", **end))
+            return verdict.reason
         after = "the same command goes on from the last checkpoint"
-        if teller is not None or self._world.rank == 1:
+        if verdict.teller is not None or self._world.rank == 1:
             saved = (_within(BEATS * self._interval, lambda: saved_steps(self._run.checkpoints)) or [0])[-1]
-            put_back = not defect and _within(BEATS * self._interval, lambda: self._may_come_back(saved))
-            event = {"job": cluster.job_id(), "ranks": ranks, "reason": reason, "saved": saved}
+            put_back = not verdict.defect and _within(BEATS * self._interval, lambda: self._may_come_back(saved))
+            event = {"job": cluster.job_id(), "ranks": verdict.ranks, "reason": verdict.reason, "saved": saved}
             # Before the requeue, which ends this process: what is not counted could go on for ever.
             _within(BEATS * self._interval, lambda: self._run.record("rank_lost", **event))
             if put_back and _within(60.0, lambda: cluster.requeue(patience=45.0)):
                 after = "the job was requeued"
-        return RankLost(f"{reason}; stacks of the living ranks in {self._run.logs}; {after}")
+        return f"{verdict.reason}; stacks of the living ranks in {self._run.logs}; {after}"
 
     def _say_farewell(self, stop: Stop) -> None:
         """Leave the reason for which this rank alone goes as the verdict, and time to read it."""
         rank = self._world.rank
         reason = str(stop) if rank == 0 else f"rank {rank} on {cluster.node_name()}: {stop}"
-        mine = json.dumps([0, [rank], reason, True, int(stop.status)])
-        self._ask(lambda store: store.compare_set("verdict", "", mine))
+        self._line.propose(Verdict(0, [rank], reason, True, stop.status))
         self._let_others_know()
-
-    def _said_farewell(self) -> bool:
-        return self._known.is_set() and json.loads(self._found)[-1] != Status.RANK_LOST
-
-    def _verdict(self) -> tuple[int | None, list[int], str, bool, int]:
-        """(the rank that tells, ranks that went, the sentence, whether an error is behind it, the status to end with).
-
-        The first verdict is all ranks'. Without the store ranks cannot agree on who tells: None, each does.
-        """
-        first = None if self._known.is_set() else self._ask(self._everyone)
-        if first is not None and not self._known.wait(BEATS * self._interval):
-            last = self._ask(self._everyone)
-            if last is not None:
-                mine = json.dumps([self._world.rank, *diagnose(first, last, self._world.size), int(Status.RANK_LOST)])
-                self._found = self._ask(lambda store: store.compare_set("verdict", "", mine)) or self._found
-        if found := self._found:
-            teller, ranks, reason, defect, status = json.loads(found)
-            return teller, ranks, reason, defect, status
-        where = f" on {self._host_of_main}" if self._host_of_main else ""
-        return None, [0], f"rank 0{where} is lost, and the job's store with it: {GONE}", False, Status.RANK_LOST
 
     def _let_others_know(self) -> None:
         """Where the store may end with this process, wait until all have read the verdict."""
@@ -266,34 +348,19 @@ class Watchdog:
         before = [event for event in events if (event["job"], event["saved"]) == (job, saved)]
         return job is not None and len(before) < MOST_RETURNS
 
-    def _everyone(self, store: dist.Store) -> dict[int, Heartbeat]:
-        keys = {rank: _key(rank) for rank in range(self._world.size)}
-        if not store.check(list(keys.values())):  # a rank that never spoke: to read its key would be to wait for it
-            keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        values = store.multi_get(list(keys.values()))
-        return {rank: _read(value) for rank, value in zip(keys, values, strict=True)}
-
-    # --------------------------------------------------------------------------------------------------------- the stacks
-    @property
-    def _stacks(self) -> Path:
-        return self._run.logs / f"stacks_rank_{self._world.rank:04d}.txt"
-
-    def _open(self) -> IO[str]:
-        if self._file is None:
-            try:
-                self._run.logs.mkdir(parents=True, exist_ok=True)
-                self._file = self._stacks.open("a", encoding="utf-8")
-            except OSError:
-                return sys.stderr
-        return self._file
-
     def _dump(self, error: BaseException | None) -> None:
-        file = self._open()
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} rank {self._world.rank}, step {self._step}\n")
-        if error is not None:
-            file.writelines(traceback.format_exception(error))
-        file.flush()
-        faulthandler.dump_traceback(file)
+        """Write the stacks of all threads, and `error`, to RUN/logs; to stderr where that is not possible."""
+        title = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} rank {self._world.rank}, step {self._step}\n"
+        lines = traceback.format_exception(error) if error is not None else []
+        try:
+            self._run.logs.mkdir(parents=True, exist_ok=True)
+            path = self._run.logs / f"stacks_rank_{self._world.rank:04d}.txt"
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines([title, *lines])
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError:
+            faulthandler.dump_traceback(2)
 
 
 # ------------------------------------------------------------------------------------------------------------ judgements
@@ -372,6 +439,14 @@ def _key(rank: int) -> str:
 
 def _read(text: bytes) -> Heartbeat:
     return Heartbeat(**json.loads(text))
+
+
+def _everyone(size: int, store: dist.Store) -> dict[int, Heartbeat]:
+    keys = {rank: _key(rank) for rank in range(size)}
+    if not store.check(list(keys.values())):  # a rank that never spoke: to read its key would be to wait for it
+        keys = {rank: key for rank, key in keys.items() if store.check([key])}
+    values = store.multi_get(list(keys.values()))
+    return {rank: _read(value) for rank, value in zip(keys, values, strict=True)}
 
 
 def _in_short(error: BaseException) -> str:

@@ -51,11 +51,49 @@ def test_numbers_as_people_write_them() -> None:
         ({"rate": "fast"}, ["`rate` = 'fast'", "number"]),
         ({"rate": 1, "sparse": {"groups": "diagonals"}}, ["`sparse.groups` = 'diagonals'", "columns", "rows"]),
         ({"rate": float("nan")}, ["`rate`", "finite"]),
+        (
+            {"rate": 1, "sparse": 1e-4},
+            ["`sparse` is a section: give its options by name, as sparse.weight=0.0001; they are weight, groups"],
+        ),
+        ({"rate": 1, "sparse": "rows"}, ["`sparse` is a section", ", as sparse.groups=rows;"]),
+        ({"rate": 1, "sparse": False}, ["`sparse` is a section: give its options by name; they are weight, groups"]),
+        ({"rate": 1, "sparse": [1]}, ["`sparse` is a section: give its options by name; they are weight, groups"]),
+        ({"rate": 1, "sparse": None}, ["`sparse` is a section: give its options by name; they are weight, groups"]),
+        (
+            {"rate": 1, "ops": ["blur"]},
+            ["`ops.0` is a section: give its options by name, as ops.0.op=blur; they are op"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_the_way_out(values: dict, words: list[str]) -> None:
     message = refusal(values)
     assert all(word in message for word in words), message
+
+
+def test_sections_and_options_together_are_named_with_where_they_came_from() -> None:
+    from ssl_pipeline.pretrain import PretrainConfig
+
+    def said(*overrides: str) -> str:
+        tree = config.load("cifar10/simclr", overrides)
+        with pytest.raises(BadInput) as caught:
+            config.validate(PretrainConfig, tree.values, tree)
+        return str(caught.value)
+
+    assert said("head.sparse=1e-4").startswith(
+        "`head.sparse` is a section (command line): give its options by name, as head.sparse.weight=0.0001; they are weight, "
+    )
+    assert said("method=simclr").startswith("`method` is a section: give method.name=simclr (of barlow_twins, byol, ")
+    assert said("method=3").startswith("`method` is a section: give method.name=NAME (of barlow_twins, byol, ")
+    assert said("optim.nesterov=true", "optim.name=sgd", "optim.momentum=0") == (
+        "`optim.nesterov` (command line), `optim.momentum` (command line): nesterov needs momentum above 0: give momentum, or "
+        "nesterov=false"
+    )
+    assert said("head.kind=identity", "head.sparse.weight=1e-3").startswith(
+        "`head.sparse.weight` (command line), `head.kind` (command line): head.sparse.weight = 0.001 needs a linear layer"
+    )
+    assert said("optim.warmup_inclusive=true", "optim.schedule=drops").startswith(
+        "`optim.warmup_inclusive` (command line), `optim.schedule` (command line): warmup_start_factor and warmup_inclusive"
+    )
 
 
 def test_options_are_frozen() -> None:

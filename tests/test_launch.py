@@ -235,7 +235,9 @@ def test_a_job_that_failed_says_so_in_the_status(here: Callable, few_digits: Pat
     run.record("submitted", verb="pretrain", job="77", cluster="local")
     assert "process 77 was started on this machine and has not begun yet" in here("status", "run")[1]
     run.record("failed", verb="pretrain", job="77", status=2)
-    assert "failed with status 2; why: run/logs/77_0_log.out" in here("status", "run")[1]
+    (run.logs / "pretrain_2").mkdir(parents=True)
+    (run.logs / "pretrain_2" / "77_0_log.out").touch()
+    assert "failed with status 2; why: run/logs/pretrain_2/77_0_log.out" in here("status", "run")[1]
 
 
 def test_a_dry_run_prints_scripts_and_makes_nothing(

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,9 @@ from PIL import Image
 
 from ssl_pipeline import distributed, monitor
 from ssl_pipeline.monitor import Monitor
-from ssl_pipeline.run_folder import drop_rows, read_lines
+from ssl_pipeline.run_folder import Diary, read_lines
 from tests.ranks import on_ranks
-from tests.test_checkpoint import file_limit
+from tests.test_checkpoint import file_limit, small_disk
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -74,11 +75,80 @@ def test_rows_wait_for_a_full_disk_and_none_is_lost_or_cut(tmp_path: Path, caplo
         (step, step) for step in range(1, 9)
     ]
     (told,) = caplog.records
-    assert "metrics.jsonl: [Errno 27] File too large; its rows wait until there is room" in told.getMessage()
+    assert "metrics.jsonl: [Errno 27] File too large; what it lacks is written when there is room" in told.getMessage()
 
 
-def test_rows_that_wait_for_a_full_disk_stay_through_a_rollback(tmp_path: Path) -> None:
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars(name)]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_curves_wait_for_a_full_disk_and_none_lacks_a_point(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    def log(watch: Monitor, steps: range) -> None:
+        for step in steps:
+            watch.add(values(step), YES)
+            watch.log(step, 0, {}, 0)
+
+    ballast = tmp_path / "small" / "ballast"
+    with small_disk(tmp_path / "small", 2**21):
+        watch = make(tmp_path / "small")
+        log(watch, range(1, 4))
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**12))
+        log(watch, range(4, 100))
+        assert len(curve(tmp_path / "small" / "tb", "loss")) < 99
+        watch.show_views(tmp_path / "small" / "views.png", [torch.rand(8, 3, 32, 32)], [((0, 0, 0), (1, 1, 1))])
+        assert not (tmp_path / "small" / "views.png").exists()
+        ballast.unlink()
+        log(watch, range(100, 102))
+        watch.close()
+        assert curve(tmp_path / "small" / "tb", "loss") == [(step, step) for step in range(1, 102)]
+        assert len(read_lines(tmp_path / "small" / "metrics.jsonl")) == 101
+    rows, points, picture = [record.getMessage() for record in caplog.records]  # each once
+    assert "metrics.jsonl: [Errno 28] No space left on device; what it lacks is written when there is room" in rows
+    assert re.search(r"/tb/events.*: \[Errno 28\] No space left on device; what it lacks is written when", points)
+    assert "views.png: No space left on device; the run goes on without this picture" in picture
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_read_only_folder_costs_the_picture_of_the_views_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     watch = make(tmp_path, tensorboard=False)
+    watch.show_views(tmp_path / "gone" / "views.png", [torch.rand(8, 3, 32, 32)], [((0, 0, 0), (1, 1, 1))])
+    watch.close()
+    (told,) = caplog.records
+    assert told.getMessage().endswith(
+        "views.png: No such file or directory; the run goes on without this picture of its views"
+    )
+
+
+def test_tensorboard_shows_one_series_across_restarts_and_the_views(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, loss in ((0, 1.0), (2, 5.0)):
+        watch = make(tmp_path, start=start)
+        for step in range(start + 1, 5):
+            watch.add(values(loss), YES)
+            watch.log(step, 0, {"matrices": 0.1}, 0)
+        watch.show_views(tmp_path / "views.png", [torch.rand(8, 3, 32, 32)], [((0, 0, 0), (1, 1, 1))])
+        watch.close()
+    assert curve(tmp_path / "tb", "loss") == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
+    assert [step for step, _ in curve(tmp_path / "tb", "lr_matrices")] == [1, 2, 3, 4]
+    shown = EventAccumulator(str(tmp_path / "tb")).Reload().Images("views")[-1]
+    picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert (shown.height, shown.width) == picture.shape[:2]
+    assert np.array_equal(picture, np.asarray(Image.open(tmp_path / "views.png")))
+
+
+def test_rows_and_points_that_wait_for_a_full_disk_stay_through_a_rollback(tmp_path: Path) -> None:
+    watch = make(tmp_path)
 
     def log(step: int) -> None:
         watch.add(values(step), YES)
@@ -95,9 +165,9 @@ def test_rows_that_wait_for_a_full_disk_stay_through_a_rollback(tmp_path: Path) 
         log(4)
     log(5)
     watch.close()
-    assert [(row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == [
-        (step, step) for step in range(1, 6)
-    ]
+    points = [(step, step) for step in range(1, 6)]
+    assert [(row["step"], row["loss"]) for row in read_lines(tmp_path / "metrics.jsonl")] == points
+    assert curve(tmp_path / "tb", "loss") == points
 
 
 def test_a_skipped_step_from_before_a_rollback_is_not_told_of_again(tmp_path: Path) -> None:
@@ -271,8 +341,8 @@ def test_rows_of_steps_to_be_done_again_are_cut_off_in_place(tmp_path: Path) -> 
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n{"ste')
     node = metrics.stat().st_ino
-    drop_rows(metrics, lambda row: row["step"] > 3)
+    Diary(metrics).drop(lambda row: row["step"] > 3)
     assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
-    drop_rows(metrics, lambda row: row["step"] > 2)
+    Diary(metrics).drop(lambda row: row["step"] > 2)
     assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
     assert metrics.stat().st_ino == node

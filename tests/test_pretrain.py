@@ -657,7 +657,6 @@ def test_checkpoints_written_late_hold_their_step(
     assert [row["checkpoint_stall"] > 0 for row in rows] == [False, False, True, False, True, False, True]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread dies loudly
 @pytest.mark.parametrize("mended", [True, False])
 def test_a_disk_that_fills_up_ends_the_run_after_three_saves_and_not_before(
     few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mended: bool
@@ -682,7 +681,7 @@ def test_a_disk_that_fills_up_ends_the_run_after_three_saves_and_not_before(
         assert len(failed) == 2
         assert all("No space left on device; free room there" in text for text in failed)
         assert ["(save 1 of 3" in failed[0], "(save 2 of 3" in failed[1]] == [True, True]
-        assert any("metrics.jsonl: [Errno 28] No space left on device; its rows wait" in text for text in told)
+        assert any("metrics.jsonl: [Errno 28] No space left on device; what it lacks" in text for text in told)
         assert saved_steps(run / "checkpoints") == ([8, 10] if mended else [2])
         ballast.unlink(missing_ok=True)
         assert not [path for path in run.rglob(".*") if path.name != ".lock"]
@@ -809,6 +808,14 @@ def test_other_pictures_than_those_it_was_begun_with_are_refused(few_digits: Pat
         pretrain.pretrain(further, tmp_path / "run")
     (tmp_path / "away.png").rename(first)
     assert pretrain.pretrain(further, tmp_path / "run") == Status.DONE
+    (tmp_path / "d" / "train" / "0").rename(tmp_path / "zero")
+    (tmp_path / "d" / "train" / "0").mkdir()
+    with pytest.raises(BadInput, match=r"train/0' holds no pictures .*: put back those that the run was begun with$"):
+        pretrain.pretrain(further, tmp_path / "run")
+    with pytest.raises(BadInput, match=r"train/0' holds no pictures .*: fill it or remove it$"):
+        pretrain.pretrain(further, tmp_path / "fresh")
+    (tmp_path / "d" / "train" / "0").rmdir()
+    (tmp_path / "zero").rename(tmp_path / "d" / "train" / "0")
     # Nor is a finished run said to be one of other pictures, on which its evaluations would then be made.
     shutil.rmtree(tmp_path / "d" / "val")
     shutil.copytree(tmp_path / "d", tmp_path / "other")

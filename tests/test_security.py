@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter, OrderedDict
@@ -379,7 +380,7 @@ def test_no_name_of_a_run_is_a_command_of_its_job(
         bash(script, tmp_path)
         calls = stubs()
         assert calls  # the script ran
-        assert all(run[0] == "srun" and run[-1] == place for run in calls)
+        assert all(run[0] == "srun" and Path(run[-1]).parent == Path(place) for run in calls)
     status, told, _ = call("plan", *words, output, *asked, "--measure-seconds", 0)
     by_sbatch = next(line for line in told.splitlines() if line.startswith("by sbatch:"))
     bash(by_sbatch.removeprefix("by sbatch:"), tmp_path)
@@ -834,6 +835,31 @@ def test_another_users_run_is_left_alone(
     (a_run / "logs").mkdir(exist_ok=True)
     with pytest.raises(BadInput, match="belongs to user"):
         launch.submit([launch.Job(["report", "x"])], launch.Resources(cluster="local"), "report", a_run / "logs")
+
+
+def test_pickles_in_the_logs_of_a_strangers_run_are_not_loaded(
+    a_run: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job on this machine has its process's number, which can be guessed: here all those that may come next."""
+    payload = a_run / "logs" / "payload.pkl"
+    payload.parent.mkdir(exist_ok=True)
+    payload.write_bytes(pickle.dumps(Payload(marker)))
+    fires(marker, lambda: pickle.loads(payload.read_bytes()))  # noqa: S301
+    number = subprocess.Popen([sys.executable, "-c", ""])
+    number.wait()
+    for place in (payload.parent, payload.parent / "report_1"):
+        place.mkdir(exist_ok=True)
+        for following in range(number.pid, number.pid + 3000):
+            for what in ("submitted", "0_result"):
+                os.link(payload, place / f"{following}_{what}.pkl")
+    # One that fails writes no result, so that what lies there is its result.
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0)
+    lost = launch.Job(["report", "nowhere"])
+    (job,) = launch.submit([lost], launch.Resources(cluster="local"), "report", payload.parent)
+    assert number.pid < int(job.job_id) < number.pid + 3000
+    assert "has not produced any output" in str(job.exception())
+    assert not marker.exists()
+    assert "no run folder" in (payload.parent / "report_2" / f"{job.job_id}_0_log.out").read_text()
 
 
 def test_a_run_that_others_may_write_to_is_named(a_run: Path, caplog: pytest.LogCaptureFixture) -> None:

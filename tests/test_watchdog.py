@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import json
+import math
 import os
 import re
 import signal
@@ -27,7 +30,16 @@ from ssl_pipeline.cli import entry, leave
 from ssl_pipeline.data.loader import Batch, Loader
 from ssl_pipeline.exits import Status, Stop, StorageFailure
 from ssl_pipeline.run_folder import RunFolder, saved_steps
-from ssl_pipeline.watchdog import MOST_RETURNS, Heartbeat, Watchdog, _position, diagnose, tells_of_a_lost_rank
+from ssl_pipeline.watchdog import (
+    MOST_RETURNS,
+    Heartbeat,
+    Verdict,
+    Watchdog,
+    _everyone,
+    _position,
+    diagnose,
+    tells_of_a_lost_rank,
+)
 
 PATIENCE = 90
 """Seconds after which a test fails that should have ended long before, on a busy machine."""
@@ -100,9 +112,15 @@ def test_a_pretraining_that_lost_a_rank_ends_with_78_and_goes_on_at_the_same_com
     stacks = (run.logs / "stacks_rank_0000.txt").read_text()
     assert re.search(r'pretrain\.py", line \d+ in _train$', stacks, re.M) or fate == signal.SIGKILL
     assert re.search(r'pretrain\.py", line \d+, in _train$', stacks, re.M) or fate == signal.SIGSTOP
+    assert [path.name for path in run.logs.iterdir()] == [
+        "stacks_rank_0000.txt"
+    ]  # the lost one left none, not even empty
     (lost,) = [event for event in run.events() if event["event"] == "rank_lost"]
     assert lost["ranks"] == [1]
     assert re.search(rf"^lost \d{{4}}-\d\d-\d\d .*: {re.escape(lost['reason'])}$", cluster.status(run), re.M)
+    if fate == signal.SIGSTOP:  # woken when its own timer is over too
+        job.ranks[1].send_signal(signal.SIGCONT)
+        assert job.ranks[1].wait(PATIENCE) == Status.RANK_LOST, job.told(1)
     if fate == signal.SIGKILL:
         from ssl_pipeline.pretrain import PretrainConfig, pretrain  # here, since the ranks of `loop` need none of it
 
@@ -231,15 +249,14 @@ def test_a_ranks_own_error_keeps_its_traceback_and_the_others_name_it(
 
 
 @pytest.mark.slow
-def test_a_rank_that_holds_the_gil_is_silent_and_its_stacks_are_written_all_the_same(
+def test_a_rank_that_holds_the_gil_is_silent_and_its_main_threads_stack_is_written_all_the_same(
     tmp_path: Path, start: Callable[..., Job]
 ) -> None:
     job = start(*words_of(tmp_path, "holds the GIL", 12))
     assert job.ranks[0].wait(PATIENCE) == Status.RANK_LOST
     assert re.search(r"^ssl-pipeline: rank 1 on \S+ has been silent", job.told(0), re.M)
-    stacks = tmp_path / "logs" / "stacks_rank_0001.txt"
     end = time.monotonic() + PATIENCE
-    while "in hold_the_gil" not in stacks.read_text():
+    while "in hold_the_gil" not in job.told(1):
         assert time.monotonic() < end
         time.sleep(0.1)
 
@@ -348,7 +365,7 @@ def test_a_slurm_job_comes_back_unless_it_was_lost_too_often_at_the_same_checkpo
         (run.checkpoints / f"step_{saved:08d}.pt").touch()
         requeued.clear()
         watchdog = Watchdog(run, distributed.start(), 5)
-        watchdog._verdict = lambda: (*told, Status.RANK_LOST)  # type: ignore[method-assign,assignment]
+        watchdog._verdict = lambda: Verdict(*told)  # type: ignore[method-assign]
         return str(watchdog._end(None)).rpartition("; ")[2]
 
     silent = [0, [3], "rank 3 has been silent", False]
@@ -363,18 +380,124 @@ def test_a_slurm_job_comes_back_unless_it_was_lost_too_often_at_the_same_checkpo
     assert [event["saved"] for event in run.events()] == [0] * (MOST_RETURNS + 2) + [5, 5, 9]
 
 
-def test_a_run_that_ends_properly_leaves_no_stacks_and_no_thread(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    of_two = replace(distributed.start(), size=2)  # one alone opens no file
-    with Watchdog(run, of_two, 5) as watchdog:
+def test_a_run_that_ends_properly_leaves_no_file_no_thread_and_no_timer(tmp_path: Path) -> None:
+    of_two = replace(distributed.start(), size=2)  # one alone has no timer
+    with Watchdog(RunFolder(tmp_path), of_two, 5) as watchdog:
         watchdog.beat(0)
-        while not list(run.logs.glob("*")):
-            time.sleep(0.05)
-    assert not list(run.logs.iterdir())
-    assert not any(thread.is_alive() for thread in watchdog._threads)
+        until(lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+    assert not list(tmp_path.iterdir())
+    assert not watchdog._thread.is_alive()
+    assert not watchdog._line._thread.is_alive()
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert json.loads(distributed.store().get("heartbeat/0"))["ended"] == ""
 
 
+def woken_again_and_again(folder: str) -> None:
+    """A process whose timer is over as often as possible, while all its threads run."""
+
+    def run_python(until: float = math.inf) -> None:
+        while time.monotonic() < until:
+            functools.reduce(lambda found, _: (lambda: found)(), range(100))
+
+    for _ in range(3):
+        threading.Thread(target=run_python, daemon=True).start()
+    of_two = replace(distributed.start(), size=2)
+    with Watchdog(RunFolder(Path(folder)), of_two, 600):
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
+        run_python(time.monotonic() + 3)
+    print("goes on", flush=True)
+    os._exit(0)  # not with threads that run
+
+
+def test_a_timer_that_is_over_while_all_threads_run_crashes_nothing(tmp_path: Path) -> None:
+    """As where a process is woken: one time in hundreds it died of SIGSEGV when the stacks of all threads were read then."""
+    line = [sys.executable, "-c", f"from tests.test_watchdog import *; woken_again_and_again({str(tmp_path)!r})"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr[-2000:]
+    assert done.stderr.count("in run_python") > 100
+
+
+# ------------------------------------------------------------------------------------------------------------- the store
+@pytest.fixture
+def tcp_store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
+    """The job's store, as several ranks have it."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: dist.PrefixStore("default_pg", store))
+    return store
+
+
+def sockets() -> dict[str, int]:
+    """This process's open sockets: what each is, and its number."""
+    found = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            found[os.readlink(f"/proc/self/fd/{number}")] = number
+    return {name: number for name, number in found.items() if name.startswith("socket")}
+
+
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_heartbeats_go_on_and_questions_are_answered_after_the_connection_broke(
+    tmp_path: Path, tcp_store: dist.TCPStore
+) -> None:
+    def count() -> int:
+        return watchdog._line.ask(partial(_everyone, 1))[0].count
+
+    before = sockets()
+    with Watchdog(RunFolder(tmp_path), distributed.start(), 5) as watchdog:
+        until(lambda: watchdog._line._count > 2)
+        first = count()
+        for number in [place for name, place in sockets().items() if name not in before]:
+            # The other end, a socket of this process too, may be closed by then.
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+        broken = watchdog._line._store
+        assert count() > first  # by the next connection
+        assert watchdog._line._store is not broken
+        second = count()
+        until(lambda: count() > second + 1)
+    assert json.loads(distributed.store().get("heartbeat/0"))["ended"] == ""
+
+
+def test_a_store_that_stays_away_is_given_up_with_a_sentence_and_the_loop_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def away() -> dist.Store:
+        tries.append(time.monotonic())
+        raise ConnectionRefusedError
+
+    with Watchdog(RunFolder(tmp_path), distributed.start(), 1) as watchdog:
+        watchdog.beat(0)
+        until(lambda: watchdog._line._count > 2)
+        monkeypatch.setattr(distributed, "store", away)
+        monkeypatch.setattr(
+            watchdog._line, "_speak", lambda store: (_ for _ in ()).throw(dist.DistNetworkError("reset"))
+        )
+        while watchdog._line._thread.is_alive():
+            watchdog.beat(1)
+            time.sleep(0.05)
+        assert watchdog._thread.is_alive()
+        assert watchdog._verdict()[1:3] == (
+            [], f"a rank is lost, and without the job's store on {cluster.node_name()} which one it is cannot be told"
+        )  # fmt: skip
+        watchdog.beat(2)
+    assert len(tries) > 2
+    (told,) = caplog.records
+    assert re.fullmatch(
+        rf"rank 0 has not reached the job's store on {cluster.node_name()} for 1 s and tries no more: training goes on, but "
+        "if a rank is lost, which one it was cannot be told",
+        told.getMessage(),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- small matters
 def test_where_a_thread_is_and_whether_it_waits_for_others() -> None:
     release = threading.Event()
     for action, where in ((partial(distributed.together, release.wait), r"distributed\.py:\d+ \(together\)"),

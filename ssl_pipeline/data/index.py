@@ -175,20 +175,21 @@ class Index:
         return Index(self.root, paths, self.labels[samples], self.classes, spans, self.shards, self._open)
 
 
-def read_index(root: Path) -> Index:
+def read_index(root: Path, begun: bool = False) -> Index:
     """The index of a folder of class folders, of pictures without labels or, where it has neither, of tar shards.
 
-    A folder's listing is kept (`listing`). Raises BadInput as `image_folder` and `shards`.
+    A folder's listing is kept (`listing`). Raises BadInput as `image_folder` and `shards`; `begun` says that a run is going
+    on, whose pictures and classes must stay.
     """
     if not root.is_dir():
         raise _no_folder(root, "data.root")
     found = listing(root)
     if not _class_names(found) and (any("/" not in name for name in found.tars) or (root / UNFINISHED).exists()):
         return shards(root)
-    return _of_listing(root, found)
+    return _of_listing(root, found, begun)
 
 
-def pretraining_index(root: Path, unlabelled: Sequence[str] | None = None) -> Index:
+def pretraining_index(root: Path, unlabelled: Sequence[str] | None = None, begun: bool = False) -> Index:
     """The index of what is pretrained on: `root/train` and, with label -1, all pictures in further folders below `root`.
 
     Where `train` itself is among these, no folder in it is a class.
@@ -196,12 +197,12 @@ def pretraining_index(root: Path, unlabelled: Sequence[str] | None = None) -> In
     pictures with another one.
     """
     if not unlabelled:
-        return read_index(root / "train")
+        return read_index(root / "train", begun)
     unlabelled = _apart(root, unlabelled)
     if "train" in unlabelled:
         labelled = Index(root / "train", (), np.empty(0, dtype=np.int64), ())
     else:
-        labelled = read_index(root / "train")
+        labelled = read_index(root / "train", begun)
     if labelled.spans is not None:
         raise BadInput(
             f"data.unlabelled = {list(unlabelled)} adds folders of pictures, and {str(labelled.root)!r} holds tar shards: "
@@ -274,7 +275,7 @@ def _class_names(found: Listing) -> list[str]:
     return sorted(name for name in found.folders if name and "/" not in name)
 
 
-def _of_listing(root: Path, found: Listing) -> Index:
+def _of_listing(root: Path, found: Listing, begun: bool = False) -> Index:
     classes = _class_names(found)
     direct = [path for path in found.pictures if "/" not in path]
     if direct:
@@ -296,8 +297,9 @@ def _of_listing(root: Path, found: Listing) -> Index:
     for name, members in by_class.items():
         if not members:
             endings = ", ".join(sorted(EXTENSIONS))
+            way_out = "put back those that the run was begun with" if begun else "fill it or remove it"
             raise BadInput(
-                f"class folder {str(root / name)!r} holds no pictures ({endings}): fill it or remove it"
+                f"class folder {str(root / name)!r} holds no pictures ({endings}): {way_out}"
                 f"{_no_shards(root, root / name)}"
             )
     paths = tuple(path for name in classes for path in by_class[name])

@@ -37,6 +37,9 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TABLES = "Tables 1 to 3 of the paper"
 PAPER = "Song et al. 2023, “Towards the Sparseness of Projection Head in Self-Supervised Learning”, arXiv 2307.08913"
 
+FIRST_MEASURES = ("_effective_rank", "_rankme", "_std", "_uniformity")
+"""Of the held-out measures, those whose curves are not folded."""
+
 LAST_STEP = (
     "step",
     "epoch",
@@ -72,6 +75,7 @@ td code { user-select: all; } td code span { white-space: nowrap; }
 .lead { font-size: 1.125rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.25rem 0 0; }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+.tiles + .remarks { padding: 0; }
 .tiles dt { color: var(--faint); font-size: .875rem; }
 .tiles dd { margin: 0; font-size: 1.75rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .grids { display: flex; flex-wrap: wrap; gap: 1.75rem 4rem; align-items: flex-start; margin: .75rem 0 0; }
@@ -238,8 +242,8 @@ def _value(value: Any, digits: int = 2) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        small = 0 < abs(value) < 1
-        return (f"{value:#.3g}" if small else f"{value:.{digits}f}").replace("-", MINUS)
+        small, large = 0 < abs(value) < 1, 1e6 <= abs(value) < math.inf
+        return (f"{value:#.3g}" if small else f"{value:.2e}" if large else f"{value:.{digits}f}").replace("-", MINUS)
     if isinstance(value, int):
         return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", MINUS)
     return str(value)
@@ -765,10 +769,18 @@ def _online(found: Sequence[Group]) -> str:
 
 
 def _held_out(found: Sequence[Group]) -> str:
-    """A panel for each measure of the representation on held-out pictures."""
+    """A panel for each measure, of the representation beside that of the embedding; but the first ones, folded."""
     logged = {key for entry in _entries(found) for row in entry.rows for key in row if key.startswith("heldout_")}
-    panels = [Panel("", key.removeprefix("heldout_").replace("_", " "), key, _entries(found)) for key in sorted(logged)]
-    return _curves(found, panels, "Measured on held-out pictures while it was trained, against the step.", columns=2)
+    order = sorted(
+        logged, key=lambda key: (key.partition("_")[2].partition("_")[2], key.startswith("heldout_embedding_"))
+    )
+    every = [Panel("", key.removeprefix("heldout_").replace("_", " "), key, _entries(found)) for key in order]
+    first = [panel for panel in every if panel.key.endswith(FIRST_MEASURES)]
+    others = [panel for panel in every if panel not in first]
+    words = "Measured on held-out pictures while it was trained, against the step."
+    shown, folded = (_curves(found, panels, words, columns=2) for panels in (first, others))
+    many = f"<details><summary>The other measures</summary>{folded}</details>"
+    return shown + many if shown and folded else shown + folded
 
 
 def _entries(found: Sequence[Group]) -> list[Entry]:
@@ -842,7 +854,7 @@ def _beginning(values: Mapping[str, Any], before: str) -> dict[str, Any]:
     found = {
         k.removeprefix(before): v for k, v in values.items() if k.startswith(before) and tables.number(v) is not None
     }
-    return {key: int(value) if value == int(value) else value for key, value in found.items()}
+    return {key: int(value) if value == int(value) and abs(value) < 1e6 else value for key, value in found.items()}
 
 
 def _measures(found: Sequence[Group]) -> str:

@@ -87,6 +87,7 @@ def covariances(
 
 
 def described(covariance: measures.Covariance) -> dict[str, Any]:
+    """What `spectra` says of a layer. Raises BadInput for features that are not finite."""
     matrix = covariance.matrix()
     if not matrix.isfinite().all():
         raise BadInput(NOT_FINITE)

@@ -328,7 +328,7 @@ def test_differences_have_a_sign(value: float | None, digits: int, shown: str) -
     ("value", "shown"),
     [(3, "3"), (97000, "97,000"), (91.239, "91.24"), (0.00123, "0.00123"),
         (0.93, "0.930"), (-2.5, f"{MINUS}2.50"), ([1, 2], "2 values"),
-     (True, "yes"), (0.0, "0.00"), ("a", "a")],
+     (True, "yes"), (0.0, "0.00"), ("a", "a"), (2.19902e12, "2.20e+12")],
 )  # fmt: skip
 def test_values_are_written_to_be_read(value: Any, shown: str) -> None:
     assert report._value(value) == shown
@@ -533,11 +533,16 @@ def test_what_cannot_be_drawn_is_said(make: Make, broken: Any) -> None:
 
 
 def test_held_out_measures_have_a_panel_each(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    monkeypatch.setattr(report, "_draw", lambda panels, *_: drawn.extend(panel.label for panel, _ in panels) or PNG)
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(report, "_draw", lambda panels, *_: drawn.append([panel.label for panel, _ in panels]) or PNG)
     run = make("run")
     assert report._held_out(tables.groups([run])) == ""
+    spaces, names = ("embedding", "representation"), ("std", "rankme", "odd", "lidar")
+    row = {f"heldout_{space}_{name}": None if name == "odd" else 2.5 for space in spaces for name in names}
     with run.metrics.open("a") as file:
-        file.write('{"step": 40, "heldout_rankme": 2.5, "heldout_effective_rank": 2.0, "heldout_odd": null}\n')
-    assert "<picture>" in report._held_out(tables.groups([run]))
-    assert drawn == ["effective rank", "rankme"] * 2  # light and dark
+        file.write(json.dumps({"step": 40, **row}) + "\n")
+    text = report._held_out(tables.groups([run]))
+    assert (text.count("<picture>"), text.count("<details>")) == (2, 1)
+    first, _, folded, _ = drawn  # light and dark
+    assert first == ["representation rankme", "embedding rankme", "representation std", "embedding std"]
+    assert folded == ["representation lidar", "embedding lidar"]

@@ -110,7 +110,7 @@ def test_an_evaluation_that_is_preempted_starts_again(cluster: Cluster, quiet: P
 def test_by_submitit_too(cluster: Cluster, quiet: Path) -> None:
     told = cluster.tell("ssl-pipeline", "launch", "knn", quiet, "--time", 5)
     job = re.search(r"submitted job (\d+)", told).group(1)
-    log = quiet / "logs" / f"{job}_0_log.out"
+    log = quiet / "logs" / "knn_1" / f"{job}_0_log.out"
     cluster.until(lambda: log.is_file() and "Loading pickle" in log.read_text(), "the evaluation to start")
     time.sleep(1)
     cluster.wait(cluster.preempt())
