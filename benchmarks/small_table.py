@@ -99,13 +99,14 @@ def digest(row: Row) -> str:
 
 
 def commit() -> str:
-    """Of the repository, with a mark where files were changed since."""
+    """Of the repository, with a mark where files other than results were changed since."""
 
     def git(*words: str) -> str:
         line = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
 
-    return git("rev-parse", "--short=8", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return git("rev-parse", "--short=8", "HEAD") + ("+" if changed else "")
 
 
 def verb(*words: object) -> None:

@@ -23,6 +23,7 @@ FIGURES = {
 } | {
     *(f"cifar10/figure1_{head}" for head in ("identity", "linear", "mlp")),
     *(f"{data}/figure3_{head}" for data in ("stl10", "cifar10") for head in ("dense", "sparse")),
+    "cifar10/figure3_sparser",
 }
 METHODS = ("simclr", "byol", "barlow_twins", "simsiam", "vicreg", "w_mse", "ssl_hsic", "swav")
 EXPECTED = (

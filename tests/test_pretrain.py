@@ -776,7 +776,7 @@ def test_a_storage_that_went_away_is_gone_on_from(
 
     with monkeypatch.context() as outage:
         outage.setattr(loading.Index, "read", away)
-        with pytest.raises(StorageFailure, match="Stale file handle, nor others, .* the same command goes on"):
+        with pytest.raises(StorageFailure, match="Stale file handle, nor others, for 0 s: .* the same command goes on"):
             pretrain.pretrain(chosen, tmp_path / "run")
     saved = checkpoint.read_newest(tmp_path / "run" / "checkpoints")
     assert saved["step"] >= 1
