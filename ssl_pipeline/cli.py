@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -419,7 +420,7 @@ def analyze(args: argparse.Namespace) -> int:
         print("no head: the representation alone")
     _tell(args, asked, found.result)
     if asked.into is not None and distributed.rank() == 0:
-        for path in found.write(asked.into.results, asked.name.removeprefix("analysis")):
+        for path in found.write(asked.into.results, args.source.resolve().name, asked.name.removeprefix("analysis")):
             print(f"written to {path}")
     return Status.DONE
 
@@ -1037,7 +1038,9 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
         return status
     except Stop as stop:
         if str(stop):  # empty on the ranks that stop because another one did
-            print("ssl-pipeline: " + "\n".join(map(printable, str(stop).split("\n"))), file=sys.stderr)
+            # Where stderr is a file on the very disk that is full, the status must tell.
+            with contextlib.suppress(OSError):
+                print("ssl-pipeline: " + "\n".join(map(printable, str(stop).split("\n"))), file=sys.stderr, flush=True)
         return int(stop.status)
     except KeyboardInterrupt:
         print("ssl-pipeline: stopped by Ctrl-C; the same command starts again", file=sys.stderr)
@@ -1065,8 +1068,9 @@ def leave(status: int) -> NoReturn:
     """
     if status in (Status.STOPPED, Status.RANK_LOST, Status.STORAGE, Status.NON_FINITE):
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -193,7 +193,7 @@ def _state(
     if last and saved and saved[-1] >= last["steps"] and not failure:
         return "finished"
     submitted = [e for e in events if e["event"] == "submitted" and e["verb"] == "pretrain" and e["cluster"] == "slurm"]
-    newest = max((e for e in (last, *submitted[-1:]) if e is not None), key=lambda e: e["time"], default=None)
+    newest = next((event for event in reversed(events) if event is last or event in submitted), None)
     job = newest.get("job") if newest else None
     if job is not None:
         state = job_state(job)
@@ -206,7 +206,7 @@ def _state(
     if run.is_locked():
         return f"running on {last['host']}" if last else "running"
     local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]
-    if local and (last is None or local[-1]["time"] > last["time"]):
+    if local and (last is None or events.index(local[-1]) > events.index(last)):
         return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}"
     if failure:
         return failure

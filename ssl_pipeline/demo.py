@@ -37,7 +37,7 @@ def demo(method: str, output: Path, data: Path) -> Status:
     asked = analysis.Options(features=features.options(output), run=output, views=options.data.views)
     found = analysis.run(asked)
     run.write_result("analysis", found.result)
-    found.write(run.results)
+    found.write(run.results, output.resolve().name)
     note = (
         "A frozen backbone on 360 held-out handwritten digits (scikit-learn). Few-label columns are means over "
         f"{DRAWS} draws of the labelled examples. One seed."

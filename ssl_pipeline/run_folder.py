@@ -272,14 +272,25 @@ class Diary:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab", buffering=0)
-            start, rest = self._file.seek(0, os.SEEK_END), self._waiting[0]
             try:
-                while rest:
-                    rest = rest[self._file.write(rest) :]
+                self._append(self._file, self._waiting[0])
             except OSError:
-                self._file.truncate(start)  # else the next row would be joined to half of this one
+                # The next try opens it anew: what failed may be this descriptor alone (ESTALE, after a server's failover).
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                self._file = None
                 raise
             del self._waiting[0]
+
+    @staticmethod
+    def _append(file: io.FileIO, row: bytes) -> None:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            while row:
+                row = row[file.write(row) :]
+        except OSError:
+            file.truncate(start)  # else the next row would be joined to half of this one
+            raise
 
     def drop(self, dropped: Callable[[dict[str, Any]], bool]) -> None:
         """Cut the file, of JSON lines, off at the first row that is to be `dropped`, and from what a kill left of a last

@@ -230,7 +230,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         # Of the thread that gets the signal alone, which stands still meanwhile. faulthandler's own timer reads the frames
         # of all threads from one without the GIL. Where another one holds it and hangs, they do not change; but in a process
-        # that is woken after a stop (SIGCONT, a laptop asleep) the timer is over at once and all run: it crashed.
+        # that is woken after a stop (SIGCONT, a laptop asleep) the timer is over at once and all run: it crashed. A main
+        # thread that does not wait for the others may be caught halfway into a call and crash still, once in thousands.
         if self._world.size > 1:
             faulthandler.register(signal.SIGALRM, file=2, all_threads=False)
         self._line.start()
@@ -319,7 +320,7 @@ class Watchdog:
             _within(BEATS * self._interval, lambda: self._run.record("end", **end))
             return verdict.reason
         after = "the same command goes on from the last checkpoint"
-        if verdict.teller is not None or self._world.rank == 1:
+        if verdict.teller is not None or self._records_for_all():
             saved = (_within(BEATS * self._interval, lambda: saved_steps(self._run.checkpoints)) or [0])[-1]
             put_back = not verdict.defect and _within(BEATS * self._interval, lambda: self._may_come_back(saved))
             event = {"job": cluster.job_id(), "ranks": verdict.ranks, "reason": verdict.reason, "saved": saved}
@@ -328,6 +329,16 @@ class Watchdog:
             if put_back and _within(60.0, lambda: cluster.requeue(patience=45.0)):
                 after = "the job was requeued"
         return f"{verdict.reason}; stacks of the living ranks in {self._run.logs}; {after}"
+
+    def _records_for_all(self) -> bool:
+        """Whether this rank records what all found without the store: rank 1 or, where the whole of rank 0's node died and
+        rank 1 with it, the first rank of the next node, which waits for rank 1's record."""
+        if self._world.rank == self._world.local_size != 1:
+            time.sleep(2 * BEATS * self._interval)
+            events = _within(BEATS * self._interval, self._run.events) or []
+            newest = [event["event"] for event in events if event["event"] in ("start", "rank_lost")][-1:]
+            return newest != ["rank_lost"]
+        return self._world.rank == 1
 
     def _say_farewell(self, stop: Stop) -> None:
         """Leave the reason for which this rank alone goes as the verdict, and time to read it."""

@@ -51,6 +51,13 @@ def test_bad_input_is_one_sentence_and_exit_2(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_stderr_that_refuses_the_sentence_leaves_the_status() -> None:
+    """As a file on the very disk that is full."""
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "ssl_pipeline", "pretrain", "nonsense", "--output", "nowhere"]
+        assert subprocess.run(line, stderr=full, check=False).returncode == Status.BAD_INPUT
+
+
 def test_config_prints_values_origins_and_consequences(
     few_digits: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,10 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run.record("end", status=77, reason="the disk is full")
     assert state() == "ended with status 77: the disk is full"
     run.record("failed", verb="pretrain", job="7", status=77)
-    assert state() == f"ended with status 77: the disk is full; log: {run.logs}/7_0_log.out"
+    assert state() == f"ended with status 77: the disk is full; log: {run.logs}"
+    (run.logs / "pretrain_1").mkdir(parents=True)
+    (run.logs / "pretrain_1" / "7_0_log.out").touch()
+    assert state() == f"ended with status 77: the disk is full; log: {run.logs}/pretrain_1/7_0_log.out"
     began(run)
     assert state() == "not running"
     run.checkpoints.mkdir()

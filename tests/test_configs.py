@@ -240,7 +240,7 @@ def test_the_figures_runs_are_simclr_with_as_many_embeddings_as_representations(
         options.head.kind
     ]
     assert not layers or method.head.layers[-1] is layers[-1]
-    assert options.head.sparse.weight == (1e-4 if head == "sparse" else 0)
+    assert options.head.sparse.weight == {"sparse": 1e-4, "sparser": 1e-2}.get(head, 0)
     if data == "stl10":
         assert width == (512 if short.endswith("resnet18") else 2048)
         assert (options.epochs, options.optim.name, options.optim.learning_rate) == (2000, "adam", 2e-3)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,3 +347,15 @@ def test_rows_of_steps_to_be_done_again_are_cut_off_in_place(tmp_path: Path) -> 
     Diary(metrics).drop(lambda row: row["step"] > 2)
     assert metrics.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
     assert metrics.stat().st_ino == node
+
+
+def test_a_row_that_the_open_file_refuses_goes_into_the_one_at_its_path(tmp_path: Path) -> None:
+    """As after the failover of an NFS server, whose files that were open are stale for good."""
+    diary = Diary(tmp_path / "rows")
+    diary.write(b"1\n")
+    assert diary._file is not None
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), diary._file.fileno())
+    for row in (b"2\n", b"3\n"):
+        diary.write(row)
+    assert diary.path.read_bytes() == b"1\n2\n3\n"

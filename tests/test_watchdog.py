@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -380,6 +379,20 @@ def test_a_slurm_job_comes_back_unless_it_was_lost_too_often_at_the_same_checkpo
     assert [event["saved"] for event in run.events()] == [0] * (MOST_RETURNS + 2) + [5, 5, 9]
 
 
+@pytest.mark.parametrize("alive", [(1, 2, 3), (2, 3)])
+def test_that_rank_0_and_the_store_are_lost_is_recorded_once_also_where_its_whole_node_is(
+    tmp_path: Path, alive: tuple[int, ...]
+) -> None:
+    run = RunFolder(tmp_path)
+    run.record("rank_lost", job=None, saved=0, ranks=[3], reason="of the start before")
+    run.record("start")
+    for rank in alive:  # of two nodes with two ranks each
+        watchdog = Watchdog(run, replace(distributed.start(), rank=rank, size=4, local_size=2), 5)
+        watchdog._verdict = lambda: Verdict(None, [0], "rank 0 is lost", False)  # type: ignore[method-assign]
+        assert str(watchdog._end(None)).startswith("rank 0 is lost; ")
+    assert [event["event"] for event in run.events()] == ["rank_lost", "start", "rank_lost"]
+
+
 def test_a_run_that_ends_properly_leaves_no_file_no_thread_and_no_timer(tmp_path: Path) -> None:
     of_two = replace(distributed.start(), size=2)  # one alone has no timer
     with Watchdog(RunFolder(tmp_path), of_two, 5) as watchdog:
@@ -393,28 +406,28 @@ def test_a_run_that_ends_properly_leaves_no_file_no_thread_and_no_timer(tmp_path
 
 
 def woken_again_and_again(folder: str) -> None:
-    """A process whose timer is over as often as possible, while all its threads run."""
+    """A process whose timer is over as often as possible, while its main thread waits and all others run."""
 
-    def run_python(until: float = math.inf) -> None:
+    def run_python(until: float) -> None:
         while time.monotonic() < until:
             functools.reduce(lambda found, _: (lambda: found)(), range(100))
 
-    for _ in range(3):
-        threading.Thread(target=run_python, daemon=True).start()
     of_two = replace(distributed.start(), size=2)
     with Watchdog(RunFolder(Path(folder)), of_two, 600):
+        end = time.monotonic() + 3
+        for _ in range(3):
+            threading.Thread(target=run_python, args=(end,)).start()
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
-        run_python(time.monotonic() + 3)
+        time.sleep(3)
     print("goes on", flush=True)
-    os._exit(0)  # not with threads that run
 
 
-def test_a_timer_that_is_over_while_all_threads_run_crashes_nothing(tmp_path: Path) -> None:
+def test_a_timer_that_is_over_while_threads_run_crashes_nothing(tmp_path: Path) -> None:
     """As where a process is woken: one time in hundreds it died of SIGSEGV when the stacks of all threads were read then."""
     line = [sys.executable, "-c", f"from tests.test_watchdog import *; woken_again_and_again({str(tmp_path)!r})"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr[-2000:]
-    assert done.stderr.count("in run_python") > 100
+    assert done.stderr.count("in woken_again_and_again") > 100
 
 
 # ------------------------------------------------------------------------------------------------------------- the store

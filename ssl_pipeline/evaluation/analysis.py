@@ -77,36 +77,36 @@ class Analysis:
     views: np.ndarray
     """(H, W, 3) uint8: a row a picture, a column a view."""
 
-    def draw(self, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
-        """PNGs by name. Raises BadInput where matplotlib is missing."""
+    def draw(self, name: str, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
+        """PNGs by their names; `name` is that of what was looked at. Raises BadInput where matplotlib is missing."""
         shown = self.result["pictures"]
         buffer = io.BytesIO()
         Image.fromarray(self.views).save(buffer, format="PNG")
         page = pictures.neighbours(shown["neighbours"], self.thumbnails, palette)
-        return {**draw(shown, palette), "neighbours": page, "views": buffer.getvalue()}
+        return {**draw(shown, name, palette), "neighbours": page, "views": buffer.getvalue()}
 
-    def write(self, folder: Path, ending: str = "") -> list[Path]:
-        """Write the pictures, for white paper, as `folder`/<name><ending>.png. Raises BadInput, StorageFailure."""
+    def write(self, folder: Path, name: str, ending: str = "") -> list[Path]:
+        """Write what `draw` gives, for white paper, as `folder`/<picture><ending>.png. Raises BadInput, StorageFailure."""
         paths = []
-        for name, data in self.draw().items():
-            path = folder / f"{name}{ending}.png"
+        for picture, data in self.draw(name).items():
+            path = folder / f"{picture}{ending}.png"
             spectrum.write_file(path, data)
             paths.append(path)
         return paths
 
 
-def draw(shown: Mapping[str, Any], palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
-    """PNGs by name of what analysis.json holds under `pictures`: those that need no pictures of the data.
+def draw(shown: Mapping[str, Any], name: str, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
+    """PNGs by their names of what analysis.json of `name` holds under `pictures`: those that need no pictures of the data.
 
     Raises BadInput where matplotlib is missing.
     """
     makers: dict[str, Callable[..., bytes]] = {
-        "spectrum": lambda of, palette: pictures.spectrum({"this run": of}, palette),
+        "spectrum": lambda of, palette: pictures.spectrum({name: of}, palette),
         "group_norms": pictures.group_norms,
         "cosines": pictures.cosines,
         "projection": pictures.projection,
     }
-    return {name: maker(shown[name], palette) for name, maker in makers.items() if shown.get(name)}
+    return {picture: maker(shown[picture], palette) for picture, maker in makers.items() if shown.get(picture)}
 
 
 def run(options: Options) -> Analysis:

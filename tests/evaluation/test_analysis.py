@@ -131,6 +131,10 @@ def test_numbers_are_what_the_pictures_give(run: Path, capsys: pytest.CaptureFix
         np.testing.assert_allclose(theirs, values, rtol=1e-3, atol=1e-5 * values[0])
         assert found[f"{space}_participation_ratio"] == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-3)
 
+    assert called("spectrum", run) == Status.DONE
+    assert result_of(run, "spectrum").items() >= shown["spectrum"].items()
+    assert (run / "results" / "spectrum.png").read_bytes() == drawn["spectrum"]
+
     # The head.
     (first_layer, last_layer) = shown["group_norms"]
     state = torch.load(run / "checkpoints" / "step_00000003.pt", weights_only=True)["model"]
@@ -247,13 +251,11 @@ def test_pictures_without_labels_and_weights_without_a_head(
     }
     for path in sorted((flat / "val").iterdir())[2:]:
         path.unlink()
-    assert called("analyze", run, "--data", flat, "--projection", "tsne") == Status.DONE
-    (one, other) = result_of(run, "analysis@flat")["pictures"]["neighbours"]
+    two = features.options(run).model_copy(update={"root": flat})
+    (one, other) = analysis.run(options_of(run, features=two, projection="tsne")).result["pictures"]["neighbours"]
     assert [one["neighbours"][0]["id"], other["neighbours"][0]["id"]] == [other["id"], one["id"]]
     # Of the same backbone and the same pictures the run's own numbers are the same.
-    assert called("analyze", run, "--pictures", 20) == Status.DONE
-    assert called("analyze", run / "backbone.pth", "--pictures", 20) == Status.DONE
-    ours, alone = result_of(run), result_of(run, "analysis_backbone")
+    ours, alone = (analysis.run(options_of(run, pictures=20, **of)).result for of in ({}, {"run": None}))
     same = [key for key in alone if key.startswith("representation_")]
     assert len(same) > 10
     assert [ours[key] for key in same] == [alone[key] for key in same]
@@ -270,7 +272,7 @@ def test_shards_are_the_folder_that_they_hold(run: Path, data: Path, tmp_path: P
         for root in (data, tmp_path / "shards")
     )
     assert shards.result == folder.result
-    assert shards.draw() == folder.draw()
+    assert shards.draw("run") == folder.draw("run")
 
 
 def test_thumbnails_are_small_and_of_three_channels(tmp_path: Path) -> None:
@@ -389,9 +391,9 @@ def test_a_result_alone_is_drawn_in_both_colours(run: Path) -> None:
     assert called("analyze", run, "--pictures", 10) == Status.DONE
     shown = result_of(run)["pictures"]
     for palette in (pictures.LIGHT, pictures.DARK):
-        drawn = analysis.draw(shown, palette)
+        drawn = analysis.draw(shown, "run", palette)
         assert set(drawn) == {"spectrum", "group_norms", "cosines", "projection"}
         if palette is pictures.LIGHT:
             for name, data in drawn.items():
                 assert (run / "results" / f"{name}.png").read_bytes() == data
-    assert analysis.draw({}) == {}
+    assert analysis.draw({}, "run") == {}

@@ -34,7 +34,7 @@ def projected(classes: int, unlabelled: bool = False) -> dict:
         "labels": [-1] * 120 if unlabelled else labels.tolist(),
         "classes": []
         if unlabelled
-        else ["a$name$\n", *(f"class of a long name, number {i}" for i in range(1, classes))],
+        else ["$\\frac$\n", *(f"class of a long name, number {i}" for i in range(1, classes))],
         "axes": [
             "first principal component (31 % of the variance)",
             "second principal component (9 % of the variance)",
