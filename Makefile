@@ -34,7 +34,7 @@ test-slurm: setup  ## on a real Slurm cluster that is started on this machine; n
 test-slurm-all: setup  ## the rest of what can happen to a job there, 25 minutes
 	$(BIN)/python -m pytest -m slurm_all tests/slurm
 
-chaos: setup  ## kills a pretraining of two ranks 50 times, half an hour
+chaos: setup  ## kills a pretraining of two ranks 50 times, a quarter of an hour
 	$(BIN)/python benchmarks/chaos.py --kills 50 --output benchmarks/results/chaos.md
 
 slurm-packages:  ## what the cluster of the tests needs, on Debian

@@ -21,7 +21,7 @@ from small_table import Row, commit, digest, machine, seconds, tenth, verb
 
 from ssl_pipeline import config
 from ssl_pipeline.evaluation import measures
-from ssl_pipeline.run_folder import RunFolder, read_lines
+from ssl_pipeline.run_folder import read_lines
 
 FIGURES = {
     "figure1": ["figure1_identity", "figure1_linear", "figure1_mlp"],
@@ -46,9 +46,8 @@ def measure(name: str, data: Path, work: Path) -> tuple[Path, dict[str, Any]]:
     return run, json.loads(record.read_text())
 
 
-def rows(name: str, run: Path, told: dict[str, Any]) -> list[str]:
+def rows(name: str, result: dict[str, Any], told: dict[str, Any]) -> list[str]:
     """The table's lines of a run: a layer each."""
-    result = RunFolder(run).read_results()["spectrum"]
     lines = []
     for layer in ("r", "z"):
         of = result[layer]
@@ -109,7 +108,8 @@ def main() -> None:
         verb("spectrum", *(run for run, _ in made.values()), "--output", work / figure)
         for ending in ("png", "csv"):
             shutil.copyfile(work / figure / f"spectrum.{ending}", args.output / f"{figure}.{ending}")
-        done |= {name: rows(name, *found) for name, found in made.items()}
+        spectra = json.loads((work / figure / "spectrum.json").read_text())
+        done |= {name: rows(name, spectra[run.name], told) for name, (run, told) in made.items()}
         drawn.append(figure)
         (args.output / "figures.md").write_text(page(done, drawn, args.train, args.val))
     print((args.output / "figures.md").read_text())

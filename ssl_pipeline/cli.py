@@ -113,18 +113,10 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
         config.apply_overrides(tree, rest)
     source = features.options(args.source, tree.values if tree else None, args.random_init)
     values: Any = tree.values if tree else {}
-    if args.data is not None:
-        needed = (args.split,) if args.verb == "analyze" else ("train", "val")
-        lacking = [split for split in needed if not (args.data / split).is_dir()]
-        if lacking:
-            raise BadInput(
-                f"--data {str(args.data)!r} has no folder {' and no '.join(lacking)}: give one laid out as train/<class>/ and "
-                "val/<class>/, or with tar shards in both"
-            )
-        source = source.model_copy(update={"root": args.data, "name": args.data.absolute().name})
-    into = _into(args, run)
+    source = _other_data(args, source, (args.split,) if args.verb == "analyze" else ("train", "val"))
+    into = _into(args.source, args.output, run)
     verb = args.verb.replace("-", "_")
-    end = _end(args)
+    end = _end(args.source, args.random_init)
     trained_on = run.read_config().get("data", {}).get("name") if run is not None else source.name
     end += f"@{source.name}".replace("/", "_") if args.data is not None or source.name != trained_on else ""
     if args.verb == "knn":
@@ -190,19 +182,32 @@ def _evaluation(args: argparse.Namespace) -> _Evaluation:
     return found
 
 
-def _into(args: argparse.Namespace, run: RunFolder | None) -> RunFolder | None:
-    """Whose results/ an evaluation writes to. Raises BadInput where it is another user's or --output another source's."""
-    from ssl_pipeline.run_folder import RunFolder
+def _other_data(args: argparse.Namespace, source: Any, needed: Sequence[str]) -> Any:
+    """The features.Options `source`, of the pictures of --data where it is given. Raises BadInput."""
+    if args.data is None:
+        return source
+    lacking = [split for split in needed if not (args.data / split).is_dir()]
+    if lacking:
+        raise BadInput(
+            f"--data {str(args.data)!r} has no folder {' and no '.join(lacking)}: give one laid out as train/<class>/ and "
+            "val/<class>/, or with tar shards in both"
+        )
+    return source.model_copy(update={"root": args.data, "name": args.data.absolute().name})
 
-    into = RunFolder(args.output) if args.output else run
+
+def _into(source: Path, output: Path | None, run: RunFolder | None) -> RunFolder | None:
+    """Whose results/ an evaluation writes to. Raises BadInput where it is another user's, --output another source's, or
+    nothing can be written there."""
+    from ssl_pipeline.run_folder import RunFolder, require_writable
+
+    into = RunFolder(output) if output else run
     if into is not None:
         into.require_own()
-    if args.output is not None and into is not None and into.config.is_file():
+        require_writable(into.results)
+    if output is not None and into is not None and into.config.is_file():
         owner = into.read_config().get("method", {}).get("name")
-        if owner != str(args.source) and (run is None or into.path.resolve() != run.path.resolve()):
-            raise BadInput(
-                f"--output {str(args.output)!r} holds results of {owner!r}: name another folder for {args.source}"
-            )
+        if owner != str(source) and (run is None or into.path.resolve() != run.path.resolve()):
+            raise BadInput(f"--output {str(output)!r} holds results of {owner!r}: name another folder for {source}")
     return into
 
 
@@ -212,9 +217,9 @@ def _nowhere(args: argparse.Namespace) -> BadInput:
     return BadInput(f"{args.source} is no run: give --output FOLDER for the state and the results of {args.verb}")
 
 
-def _end(args: argparse.Namespace) -> str:
+def _end(source: Path, random_init: bool = False) -> str:
     """What a result's name says of its source."""
-    return ("_random_init" if args.random_init else "") + (f"_{args.source.stem}" if args.source.is_file() else "")
+    return ("_random_init" if random_init else "") + (f"_{source.stem}" if source.is_file() else "")
 
 
 def _run_of(source: Path) -> RunFolder | None:
@@ -274,7 +279,8 @@ def _record(
         if isinstance(value, dict) and all(isinstance(one, float) for one in value.values()):
             print(f"{key}: " + ", ".join(f"{name} {one:.2f}" for name, one in value.items()))
         elif isinstance(value, (int, float, str)):
-            print(f"{key}: {value:.2f} %" if key.endswith(("_top1", "_top5")) else f"{key}: {value}")
+            plain = f"{value:.6g}" if isinstance(value, float) else value
+            print(f"{key}: {value:.2f} %" if key.endswith(("_top1", "_top5")) else f"{key}: {plain}")
     if into is None:
         print("written nowhere: give --output FOLDER")
         return Status.DONE
@@ -309,7 +315,7 @@ def linear_probe(args: argparse.Namespace) -> int:
         return _tell(args, asked, probe.run(asked.features, asked.recipe, asked.preset, asked.into.path))
     if args.signals:
         preemption.stop_at_signals()  # nothing to save: it starts anew
-    train, test = features.extract(asked.features, "train"), features.extract(asked.features, "val")
+    train, test = features.extract_each(asked.features)
     evaluate = linear.evaluate if asked.protocol == "small" else logistic.evaluate
     return _tell(args, asked, {**evaluate(asked.recipe, train, test), "protocol": asked.protocol})
 
@@ -334,7 +340,7 @@ def spectrum(args: argparse.Namespace) -> int:
     """eigenvalue spectra of representations and embeddings, a curve a run and layer: the paper's figures 1 and 3"""
     from ssl_pipeline import distributed
     from ssl_pipeline.evaluation import spectrum
-    from ssl_pipeline.run_folder import checkpoint_file
+    from ssl_pipeline.run_folder import RunFolder, checkpoint_file
 
     if not distributed.start().is_main:
         logging.getLogger("ssl_pipeline").setLevel(logging.WARNING)
@@ -347,15 +353,19 @@ def spectrum(args: argparse.Namespace) -> int:
         if into is not None:
             seen = options.features
             if options.run is not None:
-                seen = seen.model_copy(update={"weights": str(checkpoint_file(into.checkpoints, result["step"]))})
+                newest = checkpoint_file(RunFolder(options.run).checkpoints, result["step"])
+                seen = seen.model_copy(update={"weights": str(newest)})
             _tell(args, _Evaluation(seen, into, file), result)
             if distributed.rank() == 0:
                 spectrum.write_table({name: result}, into.results / f"{file}.csv")
     if distributed.rank() == 0:
         _, into, file = next(iter(asked.values()))
-        own = into if len(asked) == 1 else None
-        folder = args.output or (own.results if own is not None else Path())
-        plain = file if len(asked) == 1 else "spectrum" + (f"_{args.split}" if args.split != "val" else "")
+        alone = len(asked) == 1
+        folder = into.results if alone and into is not None else args.output or Path()
+        plain = file if alone else _spectrum_name(args)
+        if not alone and args.output is not None:
+            spectrum.write_file(folder / f"{plain}.json", (json.dumps(results, indent=2) + "\n").encode())
+            print(f"written to {folder / plain}.json")
         spectrum.write_table(results, folder / f"{plain}.csv")
         spectrum.write_picture(results, folder / f"{plain}.png")
         print(f"written to {folder / plain}.png and .csv")
@@ -369,6 +379,7 @@ def _spectra(args: argparse.Namespace) -> dict[str, tuple[Any, RunFolder | None,
     """
     from ssl_pipeline import config
     from ssl_pipeline.evaluation import features, spectrum
+    from ssl_pipeline.run_folder import require_writable
 
     words = [*args.sources, *args.overrides]
     args.overrides = [text for text in words if re.match(r"data\.[\w.]+=", text)]
@@ -391,17 +402,21 @@ def _spectra(args: argparse.Namespace) -> dict[str, tuple[Any, RunFolder | None,
             config.apply_overrides(tree, args.overrides)
         elif args.config is not None:
             tree = config.load(args.config, args.overrides)
-        options = config.validate(
-            spectrum.Options,
-            {
-                "features": features.options(source, tree.values if tree else None),
-                "run": source if source.is_dir() else None,
-                "split": args.split,
-            },
-        )
-        ending = (f"_{args.split}" if args.split != "val" else "") + (f"_{source.stem}" if source.is_file() else "")
-        asked[name] = (options, run, f"spectrum{ending}")
+        seen = _other_data(args, features.options(source, tree.values if tree else None), (args.split,))
+        run_folder = source if source.is_dir() else None
+        options = config.validate(spectrum.Options, {"features": seen, "run": run_folder, "split": args.split})
+        into = None if len(sources) > 1 and args.output is not None else _into(source, args.output, run)
+        asked[name] = (options, into, _spectrum_name(args, source))
+    if len(sources) > 1 or into is None:
+        require_writable(args.output or Path())
+    args.source = sources[0]  # for `_record`, which describes it where it is alone and no run
     return asked
+
+
+def _spectrum_name(args: argparse.Namespace, source: Path | None = None) -> str:
+    """Of the files of one source, or of all together."""
+    name = "spectrum" + (f"_{args.split}" if args.split != "val" else "") + (_end(source) if source is not None else "")
+    return name + (f"@{args.data.absolute().name}" if args.data is not None else "")
 
 
 def analyze(args: argparse.Namespace) -> int:
@@ -494,14 +509,14 @@ def _detection(args: argparse.Namespace, ranks: int) -> tuple[Any, RunFolder, st
     wrong = [text for text in args.overrides if "=" not in text or not text.split("=")[0].isupper()]
     if wrong:
         raise BadInput(f"{wrong[0]!r} is no option of Detectron2: give KEY.SUB=value, as in SOLVER.BASE_LR=0.03")
-    into = _into(args, _run_of(args.source))
+    into = _into(args.source, args.output, _run_of(args.source))
     if into is None:
         raise _nowhere(args)
     detection.preset_file(args.preset)
     detection.require_detectron2(args.datasets)
     source = _weights(args)
     detection.prepare(source, args.preset, args.overrides, ranks)
-    return source, into, detection.result_name(args.preset, args.overrides, _end(args))
+    return source, into, detection.result_name(args.preset, args.overrides, _end(args.source, args.random_init))
 
 
 def report(args: argparse.Namespace) -> int:
@@ -800,7 +815,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, action: Verb) -> argparse.ArgumentParser:
         told = (action.__doc__ or "").replace("%", "%%")  # argparse formats it
         verb = verbs.add_parser(name, help=told, description=action.__doc__, allow_abbrev=False)
-        verb.set_defaults(action=action, overrides=None)
+        verb.set_defaults(action=action, overrides=None, usage=verb)
         return verb
 
     def add_overrides(verb: argparse.ArgumentParser) -> None:
@@ -869,9 +884,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--split", default="val", help="folder of the data set to measure on (default val)")
     verb.add_argument("--config", help="config with data set and evaluation view, for weights that are of no run")
+    verb.add_argument("--data", type=Path, metavar="FOLDER", help="another data set, with the split in it")
     verb.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of the plot and its CSV (default: the run's results/; of several "
-        "runs, this folder)",
+        "--output", type=Path, metavar="FOLDER", help="where results go, and nothing elsewhere (default: the run; the picture "
+        "of several runs: this folder)",
     )  # fmt: skip
     verb.set_defaults(overrides=[])
 
@@ -999,10 +1015,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.verb == "launch":
         args.words = rest
         if not rest:
-            parser.error("launch what? As in: launch pretrain CONFIG --output RUN")
+            args.usage.error("launch what? As in: launch pretrain CONFIG --output RUN")
         return args
     if rest and (args.overrides is None or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.usage.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.overrides is not None:
         args.overrides = [*args.overrides, *rest]
     return args

@@ -125,20 +125,30 @@ def require_progress(events: Sequence[Mapping[str, Any]]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- status
 def status(run: RunFolder) -> str:
-    """How a run stands, from its folder and from Slurm: state, progress, speed, restarts, age of the last checkpoint."""
-    run.read_config()  # raises where this is no run
+    """How a run stands, from its folder and from Slurm: state, progress, restarts, age of the last checkpoint, results;
+    of one that runs also speed and time left. Epochs are counted from 1."""
+    options = run.read_config()  # raises where this is no run
     events = run.events()
     all_starts = [event for event in events if event["event"] == "start"]
     last = all_starts[-1] if all_starts else None
     starts = [event for event in all_starts if event["step"] < event["steps"]]  # not those that found it finished
     saved = saved_steps(run.checkpoints)
     metrics = [row for row in read_lines(run.metrics) if "images_per_second" in row]
-    lines = [f"{run.path}: {_state(run, events, last, saved)}"]
-    if last and metrics:
-        row = metrics[-1]
-        lines.append(f"step {row['step']} of {last['steps']}, epoch {row['epoch']} of {last['epochs']}")
+    row = metrics[-1] if metrics else {"step": 0}
+    finished = last is not None and _finished(events, last, saved)
+    state, running = ("finished", False) if finished else _state(run, events, last, saved, row["step"])
+    lines = [f"{run.path}: {state}"]
+    if last:
+        began = next(event for event in reversed(events) if event["event"] in ("start", "rollback"))
+        since = began["step"] if began["event"] == "start" else began["to"]
+        done = max(row["step"], since) if running or not saved else saved[-1]
+        done = last["steps"] if finished else done
+        per_epoch = last["steps"] // last["epochs"] if options.get("max_steps") is None else 0
+        epoch = row["epoch"] + 1 if row["step"] == done > 0 else math.ceil(done / per_epoch) if per_epoch else 0
+        of_epochs = f", epoch {epoch} of {last['epochs']}" if epoch else ""
+        lines.append(f"step {done} of {last['steps']}{of_epochs}")
         speed, left = row.get("images_per_second"), row.get("seconds_left")
-        if speed is not None and left is not None:
+        if running and row["step"] > since and speed is not None and left is not None:
             lines.append(f"{speed:.0f} images/s, {duration(left)} left" if left else f"{speed:.0f} images/s")
         restarts = max(len(starts) - 1, 0)
         lines.append(
@@ -148,24 +158,36 @@ def status(run: RunFolder) -> str:
         age = time.time() - checkpoint_file(run.checkpoints, saved[-1]).stat().st_mtime
         lines.append(f"last checkpoint: step {saved[-1]}, {duration(age)} ago")
     else:
-        lines.append("no checkpoint yet")
+        lines.append("checkpoints removed" if finished else "no checkpoint yet")
     lines += [
         f"excluded: {', '.join(event['nodes'])} ({event['reason']})" for event in events if event["event"] == "excluded"
     ]
-    began = max((place for place, event in enumerate(events) if event["event"] == "start"), default=0)
-    lines += [f"lost {_when(event)}: {event['reason']}" for event in events[began:] if event["event"] == "rank_lost"]
+    began_at = max((place for place, event in enumerate(events) if event["event"] == "start"), default=0)
+    lines += [f"lost {_when(event)}: {event['reason']}" for event in events[began_at:] if event["event"] == "rank_lost"]
     for event in events:
         if event["event"] == "submitted":
-            state = job_state(event["job"]) if event["cluster"] == "slurm" else event["cluster"]
-            lines.append(f"job {event['job']}  {event['verb']}: {state}")
-    for name, values in run.read_results().items():
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        lines.append(f"result {name}: {', '.join(f'{key} {_number(key, value)}' for key, value in numbers.items())}")
+            job = job_state(event["job"]) if event["cluster"] == "slurm" else event["cluster"]
+            lines.append(f"job {event['job']}  {event['verb']}: {job}")
+    lines += [f"result {name}: {_headlines(name, values)}" for name, values in run.read_results().items()]
     return "\n".join(map(printable, lines))
 
 
-def _number(key: str, value: float) -> str:
-    return f"{value:.2f}" if key.endswith(("_top1", "_top5")) else f"{value:g}"
+def _headlines(name: str, values: Any) -> str:
+    """A result's accuracies and effective ranks; of one without, how many numbers it has."""
+    shown = [
+        f"{key} {value:.2f}"
+        for key, value in (values.items() if isinstance(values, Mapping) else ())
+        if key.endswith(("_top1", "_top5", "effective_rank")) and isinstance(value, (int, float))
+    ]
+    count = _numbers(values)
+    return ", ".join(shown) or f"{count} number{'' if count == 1 else 's'} in results/{name}.json"
+
+
+def _numbers(values: Any) -> int:
+    """How many numbers lie in nested mappings; lists, of which pictures are drawn, are not looked into."""
+    if isinstance(values, Mapping):
+        return sum(map(_numbers, values.values()))
+    return int(isinstance(values, (int, float)) and not isinstance(values, bool))
 
 
 def _when(event: Mapping[str, Any]) -> str:
@@ -186,31 +208,50 @@ def _failure(run: RunFolder, events: Sequence[Mapping[str, Any]]) -> str:
     return f"ended with status {status}: {ends[-1].get('reason') or f'its log says why{listed}'}"
 
 
+def _finished(events: Sequence[Mapping[str, Any]], last: Mapping[str, Any], saved: Sequence[int]) -> bool:
+    """Whether all steps are done, by the last checkpoint or, where that was removed, by what was recorded."""
+    ending = [e for e in events if e["event"] in ("start", "end")][-1]
+    if ending.get("status") not in (None, Status.DONE, Status.STOPPED):
+        return False
+    told = ending is last or ending["status"] == Status.DONE
+    return max(saved[-1] if saved else 0, ending.get("step", 0) if told else 0) >= last["steps"]
+
+
 def _state(
-    run: RunFolder, events: Sequence[Mapping[str, Any]], last: Mapping[str, Any] | None, saved: Sequence[int]
-) -> str:
+    run: RunFolder,
+    events: Sequence[Mapping[str, Any]],
+    last: Mapping[str, Any] | None,
+    saved: Sequence[int],
+    logged: int,
+) -> tuple[str, bool]:
+    """How a run that is not finished stands, in words, and whether it runs. `logged` is the last logged step."""
     failure = _failure(run, events)
-    if last and saved and saved[-1] >= last["steps"] and not failure:
-        return "finished"
     submitted = [e for e in events if e["event"] == "submitted" and e["verb"] == "pretrain" and e["cluster"] == "slurm"]
     newest = next((event for event in reversed(events) if event is last or event in submitted), None)
     job = newest.get("job") if newest else None
     if job is not None:
         state = job_state(job)
-        nodes = f" on {last['nodes']}" if state == "RUNNING" and last and last.get("nodes") else ""
-        return f"Slurm job {job} {state}{nodes}" + (f"; {failure}" if failure else "")
+        running = state == "RUNNING"
+        nodes = f" on {last['nodes']}" if running and last and last.get("nodes") else ""
+        return f"Slurm job {job} {state}{nodes}" + (f"; {failure}" if failure else ""), running or run.is_locked()
     failed = [event for event in events if event["event"] == "failed" and event["verb"] == "pretrain"]
     if failed and failed[-1] == [event for event in events if event.get("verb", "pretrain") == "pretrain"][-1]:
         log = next(run.logs.rglob(f"{failed[-1]['job']}_0_log.out"), run.logs)
-        return f"{failure}; log: {log}" if failure else f"failed with status {failed[-1]['status']}; why: {log}"
+        words = f"{failure}; log: {log}" if failure else f"failed with status {failed[-1]['status']}; why: {log}"
+        return words, False
     if run.is_locked():
-        return f"running on {last['host']}" if last else "running"
+        return f"running on {last['host']}" if last else "running", True
     local = [event for event in events if event["event"] == "submitted" and event["verb"] == "pretrain"]
     if local and (last is None or events.index(local[-1]) > events.index(last)):
-        return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}"
+        return f"process {local[-1]['job']} was started on this machine and has not begun yet; {run.logs}", False
     if failure:
-        return failure
-    return f"stopped at step {saved[-1]}; the same command goes on" if saved else "not running"
+        return failure, False
+    told = [event for event in events if event["event"] in ("start", "end", "rank_lost")]
+    if told and told[-1] is last:  # no end was recorded
+        after = max([logged, last["step"], *saved[-1:]])
+        on = f"goes on from step {saved[-1]}" if saved else "begins anew"
+        return f"vanished without a word after step {after} (killed?); the same command {on}", False
+    return f"stopped at step {saved[-1]}; the same command goes on" if saved else "not running", False
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

@@ -52,7 +52,7 @@ def demo(method: str, output: Path, data: Path) -> Status:
 
 
 def _measure(source: features.Options) -> dict[str, float]:
-    train, test = features.extract(source, "train"), features.extract(source, "val")
+    train, test = features.extract_each(source)
     probe = linear.Recipe()
     result = {
         "knn5": knn.evaluate(train, test)["knn5_top1"],

@@ -316,7 +316,7 @@ class Monitor:
         waits = self.world.size > 1 and (values["data_wait"] or 0.0) > SLOW
         parts = [
             f"step {values['step']}/{self.steps}",
-            f"epoch {values['epoch']}",
+            f"epoch {values['epoch'] + 1}",
             f"loss {shown('loss', '.4f')}",
             f"{shown('images_per_second', '.0f')} images/s",
             f"waiting for data {shown('data_wait', '.0f', 100)} %{f' on rank {slowest}' if waits else ''}",
@@ -348,16 +348,22 @@ class Monitor:
             self._curves.close()
 
 
+def view_pixels(views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:
+    """Of each of V views (N, 3, S, S) the first eight pictures, (8, S, S, 3) uint8; `normalized` as in `view_grid`."""
+    found = []
+    for view, (mean, std) in zip(views, normalized, strict=True):
+        pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
+        found.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    return found
+
+
 def view_grid(views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> np.ndarray:
     """The first eight pictures' views, V times (N, 3, S, S), as one picture (H, W, 3) uint8: a row a picture.
 
     `normalized` are the means and deviations, V pairs, that are undone. Small pictures are enlarged by a whole factor, so
     that their pixels can be seen.
     """
-    columns = []
-    for view, (mean, std) in zip(views, normalized, strict=True):
-        pixels = view[:8].float().cpu().numpy() * np.reshape(std, (1, 3, 1, 1)) + np.reshape(mean, (1, 3, 1, 1))
-        columns.append(np.clip(np.rint(np.nan_to_num(pixels) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    columns = view_pixels(views, normalized)
     largest = max(column.shape[1] for column in columns)
     cell = largest + 4
     rows = len(columns[0])

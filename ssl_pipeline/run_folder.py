@@ -12,13 +12,14 @@ import os
 import pwd
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
 from ssl_pipeline import config
-from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.exits import BadInput, Stop, StorageFailure
 
 log = logging.getLogger("ssl_pipeline")
 
@@ -75,14 +76,14 @@ class RunFolder:
         `complete` adds to the config of a run that an older version began the options which that did not have.
 
         Raises BadInput where another process writes here, or the folder belongs to another user or another config, or
-        holds links; StorageFailure where it cannot be made.
+        holds links, or it cannot be made here; StorageFailure where there is no room.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.require_own()
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise StorageFailure(f"cannot write to the run folder {str(self.path)!r}: {error}") from None
+            raise refused(self.path, error) from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -131,7 +132,7 @@ class RunFolder:
         in logs/ is left out: submitit makes links there.
         """
         for folder in (self.path, self.checkpoints, self.backbones, self.results, self.tensorboard):
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # Path.is_dir raises where a folder above may not be entered
                 continue
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -142,7 +143,7 @@ class RunFolder:
                         )
 
     def describe(self, values: Mapping[str, Any]) -> None:
-        """Write config.yaml. Raises StorageFailure."""
+        """Write config.yaml. Raises as `refused`."""
         partial = self.path / ".config.yaml.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ class RunFolder:
                 os.fsync(file.fileno())  # after a power cut there is the old one or the new one
             os.replace(partial, self.config)
         except OSError as error:
-            raise StorageFailure(f"cannot write {self.config}: {error}; free room or name another --output") from None
+            raise refused(self.config, error) from None
 
     def begun(self) -> bool:
         """Whether anything was submitted or computed here; until then its config may be replaced."""
@@ -185,15 +186,21 @@ class RunFolder:
         return values
 
     def write_result(self, name: str, values: Mapping[str, Any]) -> Path:
-        """Write results/<name>.json; another result that stood there is appended to results/superseded.jsonl."""
-        self.results.mkdir(parents=True, exist_ok=True)
+        """Write results/<name>.json; another result that stood there is appended to results/superseded.jsonl.
+
+        Raises as `refused`.
+        """
         path = self.results / f"{name}.json"
-        if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8"))) != values:
-            with (self.results / "superseded.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, **old}) + "\n")
-        partial = self.results / f".{name}.json.partial"
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8"))) != values:
+                with (self.results / "superseded.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"name": name, **old}) + "\n")
+            partial = self.results / f".{name}.json.partial"
+            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise refused(path, error) from None
         return path
 
     def read_results(self) -> dict[str, dict[str, Any]]:
@@ -320,9 +327,40 @@ class Diary:
                 self._file.close()
 
 
+NOT_HERE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+"""Why a place will not take a file however often one tries."""
+
+
+def require_writable(folder: Path) -> None:
+    """Raises as `refused` where `folder` cannot be made, or no file in it: asked before hours of work. Leaves nothing there."""
+    try:
+        there = folder
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))  # an empty file fits on a full disk
+            file.flush()
+    except OSError as error:
+        raise refused(folder, error) from None
+
+
+def refused(path: Path, error: OSError) -> Stop:
+    """What ends a verb whose file or folder `path` could not be written: BadInput where another folder must be named,
+    StorageFailure where the same command may succeed later."""
+    said = f"cannot write to {str(path)!r}: {error.strerror or error}; "
+    if error.errno in NOT_HERE:
+        return BadInput(said + "name another folder by --output")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageFailure(said + "free room there and give the same command again")
+    return StorageFailure(said + "see that its storage answers and give the same command again")
+
+
 def require_owner(folder: Path) -> None:
     """Raises BadInput where a folder is another user's, unless this one is root; warns where others may write to it."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # Path.exists raises where a folder above may not be entered
         return
     state = folder.stat()
     if os.geteuid() not in (0, state.st_uid):

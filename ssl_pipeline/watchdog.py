@@ -126,9 +126,8 @@ class Line:
         return self.verdict is not None and self.verdict.status != Status.RANK_LOST
 
     def start(self) -> None:
-        """Connect, and begin with the heartbeats."""
-        self._store = distributed.store()
-        self._thread.start()
+        """Begin with the heartbeats."""
+        self._thread.start()  # which connects: that many ranks do so at once, and the first try may fail, ends no run
 
     def ask(self, question: Callable[[dist.Store], T]) -> T | None:
         """What `question` finds in the store; None where it does not answer."""

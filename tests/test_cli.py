@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -166,6 +168,55 @@ def test_transfer_and_a_backbone_that_is_no_run(small_run: Path, photos: Path, t
     assert result_of(tmp_path / "other", "knn_backbone").items() >= {"weights": str(file)}.items()
     assert called("report", tmp_path / "other", small_run, "--output", tmp_path / "page") == Status.DONE
     assert "knn_backbone" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    small_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it began to work")
+
+    for name in ("features.extract_each", "features.network", "analysis.run", "spectrum.run", "report.page", "knn.run"):
+        monkeypatch.setattr(f"ssl_pipeline.evaluation.{name}", work)
+    verbs = [
+        ["knn", small_run],
+        ["linear-probe", small_run],
+        ["linear-probe", small_run, "--protocol", "imagenet"],
+        ["semi-supervised", small_run, "--percent", "10"],
+        ["analyze", small_run],
+        ["spectrum", small_run],
+        ["spectrum", small_run, small_run / "backbone.pth"],
+        ["report", small_run],
+    ]
+    (tmp_path / "file").touch()
+    for words in verbs:
+        assert called(*words, "--output", tmp_path / "file" / "out") == Status.BAD_INPUT
+        told = capsys.readouterr().err
+        assert "file/out" in told
+        assert told.endswith(": Not a directory; name another folder by --output\n")
+        assert told.count("\n") == 1
+
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    for words in verbs:
+        assert called(*words) == Status.BAD_INPUT
+        assert capsys.readouterr().err.endswith(": Read-only file system; name another folder by --output\n")
+
+
+def test_weights_are_read_once_and_an_unknown_option_shows_its_verbs_usage(
+    small_run: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ssl_pipeline")
+    for verb in ("knn", "linear-probe"):
+        assert called(verb, small_run, *(["recipe.epochs=2"] if verb == "linear-probe" else [])) == Status.DONE
+        assert sum("read as bare names" in line for line in caplog.messages) == 1, verb
+        caplog.clear()
+    for words in (["spectrum", small_run, "--piktures", "3"], ["status", small_run, "data.name=x"], ["launch"]):
+        with pytest.raises(SystemExit):
+            called(*words)
+        assert capsys.readouterr().err.startswith(f"usage: ssl-pipeline {words[0]} ")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_status_of_what_is_no_run(tmp_path: Path) -> None:
         cluster.status(RunFolder(tmp_path))
 
 
-def test_status_of_a_run_that_was_stopped_and_of_one_that_is_held(tmp_path: Path) -> None:
+def test_status_of_a_run_that_was_stopped_and_of_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path)
     run.open_for_writing({"a": 1})
     run.record("start", job=None, restart=0, nodes=None, host="n1", ranks=4, step=0, steps=100, epochs=5)
@@ -91,13 +91,22 @@ def test_status_of_a_run_that_was_stopped_and_of_one_that_is_held(tmp_path: Path
     run.metrics.write_text('{"step": 50, "epoch": 2, "images_per_second": 1234.5, "seconds_left": 400000}\n{"ste')
     run.checkpoints.mkdir()
     (run.checkpoints / "step_00000040.pt").touch()
-    run.write_result("knn", {"knn5_top1": 61.234, "weights": "x"})
+    run.record("end", status=75, step=40)
+    run.write_result("knn", {"knn5_top1": 61.234, "weights": "x", "ranks": 2})
+    run.write_result("analysis", {"a": 1, "b": 2.0, "pictures": {"values": [1, 2], "width": 3}})
     run.close()
-    shown = cluster.status(run).splitlines()
-    assert shown[0] == f"{tmp_path}: stopped at step 40; the same command goes on"
-    assert shown[1:4] == ["step 50 of 100, epoch 2 of 5", "1234 images/s, 4 days 15 h left", "1 restart, 4 ranks"]
-    assert shown[4].startswith("last checkpoint: step 40, 0 min")
-    assert shown[5] == "result knn: knn5_top1 61.23"
+    at_rest = cluster.status(run).splitlines()
+    assert at_rest[0] == f"{tmp_path}: stopped at step 40; the same command goes on"
+    assert at_rest[1:3] == ["step 40 of 100, epoch 2 of 5", "1 restart, 4 ranks"]  # from where it goes on; no speed
+    assert at_rest[3].startswith("last checkpoint: step 40, 0 min")
+    assert at_rest[4:] == ["result analysis: 3 numbers in results/analysis.json", "result knn: knn5_top1 61.23"]
+    run.record("start", job=None, restart=0, nodes=None, host="n1", ranks=4, step=40, steps=100, epochs=5)
+    monkeypatch.setattr(RunFolder, "is_locked", lambda self: True)
+    running = cluster.status(run).splitlines()
+    assert running[0] == f"{tmp_path}: running on n1"
+    assert running[1:3] == ["step 50 of 100, epoch 3 of 5", "1234 images/s, 4 days 15 h left"]
+    run.metrics.write_text('{"step": 40, "epoch": 1, "images_per_second": 1234.5, "seconds_left": 400000}\n')
+    assert cluster.status(run).splitlines()[1:3] == ["step 40 of 100, epoch 2 of 5", "2 restarts, 4 ranks"]  # of before
 
 
 def began(run: RunFolder, step: int = 0, job: str | None = None) -> None:
@@ -121,7 +130,8 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (run.logs / "pretrain_1" / "7_0_log.out").touch()
     assert state() == f"ended with status 77: the disk is full; log: {run.logs}/pretrain_1/7_0_log.out"
     began(run)
-    assert state() == "not running"
+    assert state() == "vanished without a word after step 0 (killed?); the same command begins anew"
+    assert cluster.status(run).splitlines()[1:] == ["step 0 of 100", "1 restart, 4 ranks", "no checkpoint yet"]
     run.checkpoints.mkdir()
     (run.checkpoints / "step_00000040.pt").touch()
     for status in (75, 0):
@@ -146,6 +156,27 @@ def test_status_says_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert state() == "Slurm job 7 FAILED; ended with status 2: no pictures"
     run.record("submitted", verb="pretrain", job="8", cluster="slurm")
     assert state() == "Slurm job 8 FAILED"  # of which nothing is known yet
+
+
+def test_a_run_that_was_killed_and_one_whose_checkpoints_were_removed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.open_for_writing({"a": 1})
+    run.close()
+    began(run)
+    run.metrics.write_text('{"step": 35, "epoch": 1, "images_per_second": 1.0, "seconds_left": 65}\n')
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step_00000030.pt").touch()
+    assert cluster.status(run).splitlines()[:2] == [
+        f"{tmp_path}: vanished without a word after step 35 (killed?); the same command goes on from step 30",
+        "step 30 of 100, epoch 2 of 5",
+    ]
+    began(run, 30)
+    run.record("end", status=0, step=100)
+    (run.checkpoints / "step_00000030.pt").unlink()
+    gone = ["step 100 of 100, epoch 5 of 5", "1 restart, 4 ranks", "checkpoints removed"]
+    assert cluster.status(run).splitlines() == [f"{tmp_path}: finished", *gone]
+    began(run)  # once more, from the start
+    assert cluster.status(run).startswith(f"{tmp_path}: vanished")
 
 
 def test_a_rank_that_was_lost_is_told_with_its_time_until_the_next_start(tmp_path: Path) -> None:

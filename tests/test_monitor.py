@@ -46,6 +46,7 @@ def test_means_over_good_steps_and_a_count_of_the_others(tmp_path: Path, capsys:
     line = capsys.readouterr().err.splitlines()[0]
     for words in (
         "step 3/10",
+        "epoch 1 ",  # the first one, which metrics.jsonl counts as 0
         "loss 2.0000",
         "images/s",
         "waiting for data",

@@ -1,11 +1,15 @@
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from ssl_pipeline.exits import BadInput
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.evaluation.spectrum import write_file
+from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.run_folder import RunFolder, require_writable
 
 CONFIG = {"seed": 0, "data": {"root": "x", "threads": None}, "monitor": {"every_steps": 5}, "max_steps": 3}
 
@@ -78,3 +82,50 @@ def test_who_holds_a_run(tmp_path: Path) -> None:
     assert seen() == "True"
     run.close()
     assert seen() == "False"
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(tmp_path / "new" / "deep")
+    assert not list(tmp_path.iterdir())  # it asks, and leaves nothing
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
+        with pytest.raises(BadInput, match=r"file.*: Not a directory; name another folder by --output$"):
+            require_writable(folder)
+
+    def full(**_: object) -> IO[bytes]:
+        return open("/dev/full", "wb")  # takes no byte, as a disk without room
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(StorageFailure, match="No space left on device; free room there and give the same command"):
+        require_writable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "way_out"),
+    [
+        (errno.EROFS, BadInput, "name another folder by --output"),
+        (errno.EACCES, BadInput, "name another folder by --output"),
+        (errno.EDQUOT, StorageFailure, "free room there and give the same command again"),
+        (errno.ESTALE, StorageFailure, "see that its storage answers and give the same command again"),
+    ],
+)
+def test_whatever_writes_to_a_run_says_the_way_out(
+    number: int, kind: type, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", fails)
+    run = RunFolder(tmp_path / "run")
+    for write in (
+        lambda: run.open_for_writing(CONFIG),
+        lambda: run.describe(CONFIG),
+        lambda: run.write_result("knn", {"knn5_top1": 1.0}),
+        lambda: write_file(tmp_path / "run" / "spectrum.png", b""),
+    ):
+        with pytest.raises(kind) as caught:
+            write()
+        assert str(caught.value).startswith(f"cannot write to '{tmp_path}/run")
+        assert str(caught.value).endswith(f": {os.strerror(number)}; {way_out}")

@@ -477,6 +477,23 @@ def test_heartbeats_go_on_and_questions_are_answered_after_the_connection_broke(
     assert json.loads(distributed.store().get("heartbeat/0"))["ended"] == ""
 
 
+def test_a_first_try_to_reach_the_store_that_fails_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, there = [], distributed.store
+
+    def busy() -> dist.Store:
+        tries.append(1)
+        if len(tries) == 1:
+            raise TimeoutError
+        return there()
+
+    monkeypatch.setattr(distributed, "store", busy)
+    with Watchdog(RunFolder(tmp_path), distributed.start(), 5) as watchdog:
+        until(lambda: watchdog._line._count > 2)
+    assert len(tries) == 2
+
+
 def test_a_store_that_stays_away_is_given_up_with_a_sentence_and_the_loop_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

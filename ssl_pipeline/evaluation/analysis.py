@@ -12,6 +12,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +45,8 @@ NAMED = 20
 """Classes up to which all are told apart in the projection; of more, the COMMONEST."""
 COMMONEST = 10
 QUERIES, NEIGHBOURS = 8, 8
-EDGES = np.linspace(-1, 1, 201)
-"""Of the histograms' bins, the same for every run."""
+BINS = (0.01, 0.02, 0.05, 0.1)
+"""Widths of the histograms' bins: parts of 1, so that an edge lies at 0."""
 THUMBNAIL = 160
 """Longer side in pixels, at most."""
 
@@ -74,19 +75,22 @@ class Analysis:
     """Numbers, and under `pictures` what the pictures show: plain lists."""
     thumbnails: dict[int, np.ndarray | None]
     """(H, W, 3) uint8 of the neighbours' page, by id; None: unreadable."""
-    views: np.ndarray
-    """(H, W, 3) uint8: a row a picture, a column a view."""
+    views: list[np.ndarray]
+    """Of each view the first pictures, (N, S, S, 3) uint8."""
 
     def draw(self, name: str, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
         """PNGs by their names; `name` is that of what was looked at. Raises BadInput where matplotlib is missing."""
-        shown = self.result["pictures"]
-        buffer = io.BytesIO()
-        Image.fromarray(self.views).save(buffer, format="PNG")
-        page = pictures.neighbours(shown["neighbours"], self.thumbnails, palette)
-        return {**draw(shown, name, palette), "neighbours": page, "views": buffer.getvalue()}
+        of = partial(pictures.source, name, self.result["step"])
+        split, held_out = self.result["split"], self.result["pictures_held_out"]
+        rows = self.result["pictures"]["neighbours"]
+        return {
+            **draw(self.result, name, palette),
+            "neighbours": pictures.neighbours(rows, self.thumbnails, palette, of(split, held_out)),
+            "views": pictures.views(self.views, palette, of(split)),
+        }
 
     def write(self, folder: Path, name: str, ending: str = "") -> list[Path]:
-        """Write what `draw` gives, for white paper, as `folder`/<picture><ending>.png. Raises BadInput, StorageFailure."""
+        """Write what `draw` gives, for white paper, as `folder`/<picture><ending>.png. Raises as `spectrum.write_picture`."""
         paths = []
         for picture, data in self.draw(name).items():
             path = folder / f"{picture}{ending}.png"
@@ -95,18 +99,21 @@ class Analysis:
         return paths
 
 
-def draw(shown: Mapping[str, Any], name: str, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
+def draw(result: Mapping[str, Any], name: str, palette: pictures.Palette = pictures.LIGHT) -> dict[str, bytes]:
     """PNGs by their names of what analysis.json of `name` holds under `pictures`: those that need no pictures of the data.
 
     Raises BadInput where matplotlib is missing.
     """
-    makers: dict[str, Callable[..., bytes]] = {
-        "spectrum": lambda of, palette: pictures.spectrum({name: of}, palette),
-        "group_norms": pictures.group_norms,
-        "cosines": pictures.cosines,
-        "projection": pictures.projection,
+    of = partial(pictures.source, name, result.get("step"))
+    split = result.get("split")
+    makers: dict[str, Callable[[Any], bytes]] = {
+        "spectrum": lambda shown: pictures.spectrum({name: shown}, palette, of(split, shown["r"]["count"])),
+        "group_norms": lambda shown: pictures.group_norms(shown, palette, of(None)),
+        "cosines": lambda shown: pictures.cosines(shown, palette, of(split, result.get("pictures_in_two_views"))),
+        "projection": lambda shown: pictures.projection(shown, palette, of(split, len(shown["points"]))),
     }
-    return {picture: maker(shown[picture], palette) for picture, maker in makers.items() if shown.get(picture)}
+    found = result.get("pictures", {})
+    return {picture: maker(found[picture]) for picture, maker in makers.items() if found.get(picture)}
 
 
 def run(options: Options) -> Analysis:
@@ -215,9 +222,9 @@ def _held_out(
 @torch.no_grad()
 def _two_views(
     network: nn.Module, head: ProjectionHead | None, index: Index, options: Options, world: distributed.World
-) -> tuple[dict[str, Tensor], dict[str, Tensor], np.ndarray]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[np.ndarray]]:
     """Of all pictures of `index`: vectors of their first view and of their second one, (N, D) by space, and the first
-    pictures' views as one picture."""
+    pictures' views."""
     asked = options.features
     views = [view for view in options.views for _ in range(view.count)]
     if len(views) == 1:
@@ -235,12 +242,12 @@ def _two_views(
     widths = {"representation": backbones.width(network)} | ({} if head is None else {"embedding": head.outputs})
     found: list[dict[str, list[Tensor]]] = [{s: [torch.empty(0, width)] for s, width in widths.items()} for _ in (1, 2)]
     ids = [torch.empty(0, dtype=torch.int64)]
-    shown = None
+    shown: list[np.ndarray] = []
     for step, batch in enumerate(data):
         wanted = data.ids(0, step)
         itself = torch.from_numpy(batch.ids == wanted)  # false where another stands in for an unreadable one
-        if shown is None:
-            shown = monitor.view_grid(batch.views, [(view.normalize.mean, view.normalize.std) for view in views])
+        if not shown:
+            shown = monitor.view_pixels(batch.views, [(view.normalize.mean, view.normalize.std) for view in views])
         for view, kept in zip(batch.views, found, strict=False):
             r = network(view.contiguous(memory_format=torch.channels_last)).float()
             kept["representation"].append(r.cpu()[itself])
@@ -250,7 +257,7 @@ def _two_views(
     data.close()
     order = torch.cat(ids)
     first, second = ({space: _in_order(torch.cat(parts), order) for space, parts in kept.items()} for kept in found)
-    return first, second, shown if shown is not None else np.full((96, 96, 3), 255, dtype=np.uint8)
+    return first, second, shown
 
 
 def _in_order(rows: Tensor, ids: Tensor) -> Tensor:
@@ -280,25 +287,38 @@ def _measured(
 
 
 def cosine_histogram(z1: Tensor, z2: Tensor, rows: int = 1024) -> dict[str, Any]:
-    """Of two views (N, D) of N pictures: counts in EDGES of the cosines of the N positive pairs (z1_i, z2_i) and of the
-    N (N - 1) negative ones (z1_i, z2_j), and the means of both."""
+    """Of two views (N, D) of N pictures: counts in bins from -1 to 1 of the cosines of the N positive pairs (z1_i, z2_i)
+    and of the N (N - 1) negative ones (z1_i, z2_j), and the means of both. The positive pairs, which are fewer, give the
+    width of the bins."""
     u, v = (F.normalize(z.double(), dim=1) for z in (z1, z2))
     positive = (u * v).sum(dim=1).clamp(-1, 1)
-    negative, total = np.zeros(len(EDGES) - 1, dtype=np.int64), 0.0
+    edges = bins(positive.numpy())
+    negative, total = np.zeros(len(edges) - 1, dtype=np.int64), 0.0
     for start in range(0, len(u), rows):
         each = (u[start : start + rows] @ v.T).clamp(-1, 1)
         others = torch.ones_like(each, dtype=torch.bool)
         others.diagonal(start).fill_(False)
         values = each[others].numpy()
-        negative += np.histogram(values, EDGES)[0]
+        negative += np.histogram(values, edges)[0]
         total += float(values.sum())
     return {
-        "edges": [_rounded(edge) for edge in EDGES],
-        "positive": np.histogram(positive.numpy(), EDGES)[0].tolist(),
+        "edges": [_rounded(edge) for edge in edges],
+        "positive": np.histogram(positive.numpy(), edges)[0].tolist(),
         "negative": negative.tolist(),
         "positive_mean": _rounded(float(positive.mean())),
         "negative_mean": _rounded(total / max(len(u) * (len(u) - 1), 1)),
     }
+
+
+def bins(values: np.ndarray) -> np.ndarray:
+    """Edges from -1 to 1 for a histogram of values (N,): the narrowest of BINS that is no narrower than 2 IQR / N^(1/3).
+
+    Source: Freedman and Diaconis 1981, "On the histogram as a density estimator".
+    """
+    low, high = np.percentile(values, [25, 75]) if len(values) else (0.0, 0.0)
+    least = 2 * (high - low) / max(len(values), 1) ** (1 / 3)
+    width = next((width for width in BINS if width >= least), BINS[-1])
+    return np.linspace(-1, 1, round(2 / width) + 1)
 
 
 def sorted_norms(layer: nn.Linear, groups: Groups, name: str) -> dict[str, Any]:

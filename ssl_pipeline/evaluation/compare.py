@@ -18,10 +18,16 @@ from ssl_pipeline.exits import BadInput, printable
 from ssl_pipeline.monitor import TIME_KEYS
 from ssl_pipeline.run_folder import RunFolder, checkpoint_file, saved_steps
 
+NONE = "-"
+"""Stands for a value that there is not, as printed."""
+
 ABSENT = "absent"
 """Stands for the value of a key that a run does not have."""
 
 TOLERANCE = 1e-3
+FINAL = ("step", "loss", "embedding_std", "embedding_rank", "online_top1")
+"""Keys of metrics.jsonl whose last values are set side by side."""
+
 SHOWN = 12
 """Rows of a printed table, above which the rest is counted."""
 
@@ -40,7 +46,8 @@ def compare(
 
     Returns:
         `runs`: path, name, steps done and to do, steps at which it was resumed or rolled back to; `config`, `environment`
-        and `pictures`: pairs by key, of what differs; `metrics`: see `metrics`.
+        and `pictures`: pairs by key, of what differs; `metrics`: see `metrics`; `final`: see `final`; `same_folder`: whether
+        both are one run folder.
 
     Raises BadInput where a folder is no run, or the tolerance no number above 0.
     """
@@ -55,6 +62,8 @@ def compare(
         "environment": differing(around, absent=None),
         "pictures": pictures,
         "metrics": metrics(entries[0].rows, entries[1].rows, tolerance),
+        "final": final(entries),
+        "same_folder": len({run.path.resolve() for run in runs}) == 1,
     }
 
 
@@ -156,6 +165,26 @@ def metrics(
     }
 
 
+def final(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+    """Where runs have come to: values of the last logged step, and accuracies and effective ranks of the results.
+
+    Keys as `loss` of metrics.jsonl, and as `linear_probe.linear_top1` of results/linear_probe.json; None where a run has none.
+    """
+    sides = []
+    for entry in entries:
+        last = next(iter(entry.training_rows[::-1]), {})
+        logged = {key: last[key] for key in FINAL if tables.number(last.get(key)) is not None}
+        results = {
+            f"{name}.{key}": value
+            for name, values in entry.results.items()
+            for key, value in values.items()
+            if key.endswith(("_top1", "_top5", "effective_rank")) and tables.number(value) is not None
+        }
+        sides.append(logged | results)
+    keys = dict.fromkeys(key for side in sides for key in side)
+    return {key: [side.get(key) for side in sides] for key in keys}
+
+
 def _series(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """Values by step. What is not finite is told by its name, which equals itself and is in JSON."""
     found: dict[int, dict[str, Any]] = {}
@@ -177,13 +206,19 @@ def relative(a: Any, b: Any) -> float:
 # ---------------------------------------------------------------------------------------------------------------- words
 def described(found: Mapping[str, Any]) -> str:
     """The same as text, for a terminal."""
-    lines = []
+    lines = ["A and B are the same run folder"] if found["same_folder"] else []
     for name, run in zip("AB", found["runs"], strict=True):
         steps = f"{run['done']:,} steps" + ("" if run["steps"] is None else f" of {run['steps']:,}")
         lines.append(f"{name}  {run['path']}: {run['what']}, {steps}{_interruptions(run)}")
     lines += ["", *_section("config", found["config"], "no option differs")]
     lines += ["", *_section("environment", found["environment"], "nothing that is known differs")]
     lines += ["", f"pictures: {_pictures(found['pictures'])}", "", *_metrics(found)]
+    if found["final"]:
+        rows = [
+            [printable(key), *(NONE if value is None else _short(value) for value in pair)]
+            for key, pair in found["final"].items()
+        ]
+        lines += ["", "final values: of the last logged step, and of results/", *_aligned([["", "A", "B"], *rows])]
     return "\n".join(lines)
 
 
@@ -210,6 +245,11 @@ def shown(value: Any) -> str:
     return printable(value) if isinstance(value, str) else json.dumps(value)
 
 
+def _short(value: Any) -> str:
+    """A value of metrics.jsonl or of a result, with at most 8 digits."""
+    return f"{value:.8g}" if isinstance(value, float) else shown(value)
+
+
 def _pictures(pair: Sequence[Any]) -> str:
     if None in pair:
         return "not known of " + " and ".join(name for name, value in zip("AB", pair, strict=True) if value is None)
@@ -223,18 +263,20 @@ def _metrics(found: Mapping[str, Any]) -> list[str]:
         lines = ["metrics: no logged step is in both"]
     elif parts is None:
         lines = [
-            f"metrics: equal bit for bit in all {of['steps']} logged steps that both have, up to {of['equal_up_to']}"
+            f"metrics: equal to the last bit in all {of['steps']} logged steps that both have, up to {of['equal_up_to']}"
         ]
     else:
         until = (
-            "from the first on" if of["equal_up_to"] is None else f"equal bit for bit up to step {of['equal_up_to']}"
+            f"from the first logged step ({parts['step']}) on they differ"
+            if of["equal_up_to"] is None
+            else f"equal to the last bit up to step {of['equal_up_to']}; at step {parts['step']} they part"
         )
-        lines = [f"metrics: {of['steps']} logged steps in both, {until}; they part at step {parts['step']}"]
-        rows = [[key, *map(shown, pair), f"{relative(*pair):.1e}"] for key, pair in parts["values"].items()]
+        lines = [f"metrics: {until}; {of['steps']} logged steps are in both"]
+        rows = [[key, *map(_short, pair), f"{relative(*pair):.1e}"] for key, pair in parts["values"].items()]
         lines += _aligned([["", "A", "B", "relative"], *rows])
     if of["beyond"]:
         first = sorted(of["beyond"].items(), key=lambda item: item[1]["step"])
-        rows = [[key, str(at["step"]), *map(shown, at["values"])] for key, at in first]
+        rows = [[key, str(at["step"]), *map(_short, at["values"])] for key, at in first]
         lines += ["", f"first step at which a key differs by more than {of['tolerance']:g} of its value"]
         lines += _aligned([["", "step", "A", "B"], *rows])
     elif parts is not None:

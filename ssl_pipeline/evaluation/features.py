@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,11 +219,16 @@ class Features:
 
 def extract(options: Options, split: str) -> Features:
     """This rank's features of the readable pictures of `split`. All ranks must call it."""
+    return extract_each(options, (split,))[0]
+
+
+def extract_each(options: Options, splits: Sequence[str] = ("train", "val")) -> list[Features]:
+    """`extract` of each of `splits`, by one network."""
     world = distributed.start()
-    index = distributed.in_turn(lambda: pictures(options, split))
+    indexes = distributed.in_turn(lambda: [pictures(options, split) for split in splits])
     model = distributed.together(lambda: network(options))
     model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return features_of(model, index, options, world)
+    return [features_of(model, index, options, world) for index in indexes]
 
 
 def features_of(model: nn.Module, index: Index, options: Options, world: distributed.World) -> Features:

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from ssl_pipeline import config, distributed
-from ssl_pipeline.evaluation.features import Features, extract
+from ssl_pipeline.evaluation.features import Features, extract_each
 from ssl_pipeline.evaluation.features import Options as FeatureOptions
 from ssl_pipeline.exits import BadInput
 
@@ -44,7 +44,7 @@ class Options(config.Options):
 
 def run(options: Options) -> dict[str, float]:
     """Top-1 and top-5, in percent, of each vote; train is searched, val is classified. All ranks must call it."""
-    train, test = extract(options.features, "train"), extract(options.features, "val")
+    train, test = extract_each(options.features)
     return evaluate(train, test, options.k, options.cosine_k, options.temperature)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,9 @@ class Palette:
     """Paper of what is set apart."""
     link: str
     lines: tuple[str, ...]
-    """Of lines and classes, in this order."""
+    """Of lines, in this order."""
+    classes: tuple[str, ...]
+    """Of the markers CLASS_MARKERS, in this order: full ones step in luminance, hollow ones and strokes stand out."""
 
 
 LIGHT = Palette(
@@ -58,6 +61,18 @@ LIGHT = Palette(
         "#3d8400",
         "#7a5a44",
     ),
+    classes=(
+        "#14213d",
+        "#0b62b0",
+        "#b3123f",
+        "#1c1e21",
+        "#2c9460",
+        "#8d4a94",
+        "#f2d13c",
+        "#c2500a",
+        "#8fb0f5",
+        "#3d6b00",
+    ),
 )
 DARK = Palette(
     paper="#17191c",
@@ -78,11 +93,31 @@ DARK = Palette(
         "#a9c653",
         "#c9a68d",
     ),
+    classes=(
+        "#f4f4f4",
+        "#6db1f2",
+        "#4a63c8",
+        "#e4e5e7",
+        "#d9863a",
+        "#cf95d6",
+        "#8f2f6a",
+        "#f0935a",
+        "#58d0a8",
+        "#a9c653",
+    ),
 )
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 """As many as make, with the colours, 70 kinds of line; the first ones differ in gray too."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
-"""One a class, so that classes differ in gray."""
+"""One a run."""
+FULL, HOLLOW, STROKES = "full", "hollow", "strokes"
+CLASS_MARKERS = (
+    *(("o", FULL), ("s", HOLLOW), ("^", FULL), ("x", STROKES), ("D", FULL)),
+    *(("v", HOLLOW), ("*", FULL), ("+", STROKES), ("P", FULL), ("o", HOLLOW)),
+    *(("s", FULL), ("^", HOLLOW), ("X", FULL), ("D", HOLLOW), ("v", FULL)),
+    *(("*", HOLLOW), ("p", FULL), ("P", HOLLOW), ("<", FULL), (">", HOLLOW)),
+)
+"""One a class, so that classes differ in gray: full ones and such that are not by turns."""
 
 DPI = 200
 """Of the PNGs: an inch is 100 pixels of a page, so they are sharp on a screen of twice as many."""
@@ -182,49 +217,71 @@ def _power(value: float) -> str:
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
-def group_norms(layers: Sequence[Mapping[str, Any]], palette: Palette = LIGHT) -> bytes:
-    """A bar a group of each layer, the largest first, and the threshold over which a group is active.
+def source(name: str, step: int | None, split: str | None, count: int | None = None) -> str:
+    """What a picture is of, as the pictures' `source` has it: "dense, step 44, val, N = 360". None is left out."""
+    words = [_short(name, 60), step is not None and f"step {step}", split, count is not None and f"N = {count:,}"]
+    return ", ".join(word for word in words if word)
 
-    Of each layer: its `name`, whether its `groups` are "columns" or "rows", their descending `norms`, the `threshold` and
-    the number of `active` ones. A group of zeros has no bar.
+
+def _say_source(made: Any, words: str, palette: Palette) -> None:
+    """A faint line below all else; none for no words."""
+    if words:
+        made.supxlabel(textwrap.fill(words, 105), x=0.01, ha="left", fontsize=8, color=palette.faint)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def group_norms(layers: Sequence[Mapping[str, Any]], palette: Palette = LIGHT, source: str = "") -> bytes:
+    """The norm of each group of each layer, the largest first, and the threshold over which a group is active.
+
+    Of each layer, the last one of the head being the last here too: whether its `groups` are "columns" or "rows", their
+    descending `norms`, the `threshold` and the number of `active` ones. Norms within two decades are bars from 0. Others need a
+    logarithmic axis, where a bar's foot would mean nothing: they are a line of steps, and a zero has no step.
     """
-    with figure(7.4, 2.9 * len(layers), palette) as made:
+    with figure(7.4, 2.9 * len(layers) + 0.2 * bool(source), palette) as made:
         every = made.subplots(len(layers), squeeze=False)[:, 0]
-        for axes, layer in zip(every, layers, strict=True):
+        for number, (axes, layer) in enumerate(zip(every, layers, strict=True), start=1):
             norms, threshold, active = np.asarray(layer["norms"]), layer["threshold"], layer["active"]
+            positive = norms[norms > 0]
+            bars = not len(positive) or bool(positive[0] < 100 * positive[-1])
+            strong: dict[str, Any] = {"fill": True, "linewidth": 0.0, "color": palette.lines[1]}
+            # Hatched, so that they differ in gray.
+            weak: dict[str, Any] = {"fill": True, "linewidth": 0.0, "facecolor": palette.rule, "hatch": "////"}
+            if not bars:
+                log_scale(axes)
+                strong = {"baseline": None, "linewidth": 2.0, "color": palette.lines[1]}
+                weak = {"baseline": None, "linewidth": 2.0, "linestyle": (0, (1, 0.6))}
+            weak["edgecolor"] = palette.ink
+            zeros = len(norms) - len(positive)
+            words = f"not active: {len(norms) - active:,}" + (f", of them 0: {zeros:,}" if zeros else "")
             edges = np.arange(len(norms) + 1) + 0.5
-            bars = {"fill": True, "linewidth": 0.0}
+            shown = norms if bars else np.where(norms > 0, norms, np.nan)
             if active:
-                axes.stairs(
-                    norms[:active], edges[: active + 1], color=palette.lines[1], **bars, label=f"active: {active}"
-                )
+                axes.stairs(shown[:active], edges[: active + 1], label=f"active: {active:,}", **strong)
             if active < len(norms):
-                # Hatched, so that they differ in gray.
-                weak = {**bars, "facecolor": palette.rule, "edgecolor": palette.ink, "hatch": "////"}
-                axes.stairs(norms[active:], edges[active:], **weak, label=f"not active: {len(norms) - active}")
+                axes.stairs(shown[active:], edges[active:], label=words, **weak)
             if threshold > 0:
                 axes.axhline(threshold, color=palette.ink, linestyle="--", label="threshold: 1 % of the largest")
-                positive = norms[norms > 0]
-                log_scale(axes)
+            if bars:
+                axes.set_ylim(0, 1.05 * norms[0] if len(positive) else 1)
+            else:
                 axes.set_ylim(min(positive[-1], threshold) / 2, positive[0] * 1.5)
             axes.set_xlim(edges[0], edges[-1])
-            axes.set(
-                xlabel=f"group, the largest first (one of the {layer['groups']} of W)", ylabel="L2 norm of the group"
-            )
-            axes.set_title(f"{layer['name']}: {len(norms)} groups")
+            axes.set(xlabel="group, the largest first", ylabel="L2 norm of the group")
+            which = "last layer" if number == len(layers) else f"linear layer {number}"
+            axes.set_title(f"{which} of the head, {len(norms):,} groups ({layer['groups']} of W)")
             axes.grid(visible=False, axis="x")
             _legend(axes, columns=3)
+        _say_source(made, source, palette)
         return png(made)
 
 
-def cosines(spaces: Mapping[str, Mapping[str, Any]], palette: Palette = LIGHT) -> bytes:
+def cosines(spaces: Mapping[str, Mapping[str, Any]], palette: Palette = LIGHT, source: str = "") -> bytes:
     """Histograms of cosines, a panel a space ("representation", "embedding").
 
     Of each space: `edges` (B + 1,) of the bins, and counts (B,) of the `positive` pairs, two views of one picture, and of
     the `negative` ones, views of two pictures, with `positive_mean` and `negative_mean`.
     """
-    with figure(7.4, 2.9 * len(spaces), palette) as made:
+    with figure(7.4, 3.1 * len(spaces) + 0.2 * bool(source), palette) as made:
         every = made.subplots(len(spaces), squeeze=False)[:, 0]
         for axes, (name, space) in zip(every, spaces.items(), strict=True):
             edges = np.asarray(space["edges"])
@@ -233,7 +290,7 @@ def cosines(spaces: Mapping[str, Mapping[str, Any]], palette: Palette = LIGHT) -
                     "negative",
                     "views of two pictures",
                     ":",
-                    {"fill": True, "facecolor": palette.rule, "edgecolor": palette.faint},
+                    {"fill": True, "facecolor": palette.rule, "edgecolor": palette.faint, "linewidth": 1.0},
                 ),
                 ("positive", "two views of a picture", "--", {"color": palette.lines[1], "linewidth": 2.0}),
             )
@@ -245,45 +302,62 @@ def cosines(spaces: Mapping[str, Mapping[str, Any]], palette: Palette = LIGHT) -
                 share = 100 * counts / counts.sum()
                 mean = space[f"{key}_mean"]
                 axes.stairs(
-                    share[first : last + 1], edges[first : last + 2], label=f"{words}: mean {_number(mean)}", **look
+                    share[first : last + 1],
+                    edges[first : last + 2],
+                    label=f"{words}, N = {counts.sum():,.0f} pairs",
+                    **look,
                 )
-                axes.axvline(mean, color=look.get("color", palette.ink), linewidth=1, linestyle=dashes)
-            axes.set(
-                ylabel=f"pairs a bin of {edges[1] - edges[0]:.2g}, %", title=name, xlabel="cosine of the two views"
-            )
+                line = {"color": look.get("color", palette.ink), "linewidth": 1.2, "linestyle": dashes}
+                axes.axvline(mean, label=f"their mean: {_number(mean)}", **line)
+            title = f"{name}, bins of {edges[1] - edges[0]:.2g}"
+            axes.set(ylabel="share of pairs per bin, %", title=title, xlabel="cosine of the two views")
             _legend(axes, columns=2)
+        _say_source(made, source, palette)
         return png(made)
 
 
-def projection(data: Mapping[str, Any], palette: Palette = LIGHT) -> bytes:
-    """Representations in two dimensions, coloured by class.
+def projection(data: Mapping[str, Any], palette: Palette = LIGHT, source: str = "") -> bytes:
+    """Representations in two dimensions, a marker and a colour a class.
 
-    `points` (N, 2) and the `axes`' two names; `labels` (N,), places in `classes`, or -1, for what stands back.
+    `points` (N, 2) and the `axes`' two names; `labels` (N,), places in `classes`, or -1, for what stands back. A unit is
+    as long on both axes; the picture is as high as the points need, within bounds.
     """
     points, labels = np.asarray(data["points"]).reshape(-1, 2), np.asarray(data["labels"], dtype=int)
-    classes = data["classes"]
-    with figure(7.4, 5.6, palette) as made:
+    names = [_short(name) for name in data["classes"]]
+    columns = max(min(105 // (max(map(len, names), default=0) + 8), 5), 1)
+    wide, high = np.ptp(points, axis=0) if len(points) else (0.0, 0.0)
+    panel = 6.6 * float(np.clip(high / wide if wide else 1.0, 0.4, 1.0))
+    rows = math.ceil((len(names) + bool(names and (labels < 0).any())) / columns)
+    with figure(7.4, panel + 0.9 + 0.19 * rows + 0.2 * bool(source), palette) as made:
         axes = made.subplots()
-        area = float(np.clip(12_000 / max(len(points), 1), 9, 40))
+        area = float(np.clip(12_000 / max(len(points), 1), 12, 40))
         others = labels < 0
         if others.any():
-            words = f"other classes: {others.sum():,}" if classes else None
-            colour = palette.rule if classes else palette.lines[1]
+            words = f"other classes: {others.sum():,}" if names else None
+            colour = palette.rule if names else palette.lines[1]
             axes.scatter(*points[others].T, s=area / 2, color=colour, linewidths=0, label=words)
-        for place, name in enumerate(classes):
-            colour, marker = palette.lines[place % len(palette.lines)], MARKERS[place % len(MARKERS)]
-            hollow = place >= len(MARKERS)  # classes 11 to 20 differ from 1 to 10 in gray too
-            look = {"facecolors": "none" if hollow else colour, "edgecolors": colour if hollow else palette.paper}
+        for place, name in enumerate(names):
+            colour = palette.classes[place % len(palette.classes)]
+            marker, kind = CLASS_MARKERS[place % len(CLASS_MARKERS)]
+            look: dict[str, Any] = {
+                FULL: {"facecolors": colour, "edgecolors": palette.ink, "linewidths": 0.3},
+                HOLLOW: {
+                    "facecolors": "none",
+                    "edgecolors": palette.classes[1 + place % 10 // 2 * 2],
+                    "linewidths": 1.0,
+                },
+                STROKES: {"color": colour, "linewidths": 1.1},
+            }[kind]
             size = area * (1.8 if marker == "*" else 1)
-            line = 0.8 if hollow else 0.3
-            of_class = points[labels == place].T
-            axes.scatter(*of_class, s=size, marker=marker, linewidths=line, alpha=0.9, label=f" {_short(name)}", **look)
+            axes.scatter(*points[labels == place].T, s=size, marker=marker, label=f" {name}", **look)
         first, second = data["axes"]
-        axes.set(xlabel=first, ylabel=second, title=data.get("title", ""))
+        second = textwrap.fill(second, max(round(13 * panel), 20))
+        axes.set(xlabel=first, ylabel=second, title=data.get("title") or f"representations of {len(points):,} pictures")
+        axes.margins(0.03)
         axes.set_aspect("equal", adjustable="datalim")
-        if classes:
-            legend = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02), "borderaxespad": 0.3, "handlelength": 1.5}
-            axes.legend(**legend, markerscale=math.sqrt(30 / area), title="class", alignment="left")
+        if names:
+            _legend(axes, columns, handlelength=1.5, markerscale=math.sqrt(32 / area))
+        _say_source(made, source, palette)
         return png(made)
 
 
@@ -291,27 +365,36 @@ MARK, NO_MARK = "\N{CHECK MARK}", "\N{MULTIPLICATION SIGN}"
 
 
 def neighbours(
-    rows: Sequence[Mapping[str, Any]], thumbnails: Mapping[int, np.ndarray | None], palette: Palette = LIGHT
+    rows: Sequence[Mapping[str, Any]],
+    thumbnails: Mapping[int, np.ndarray | None],
+    palette: Palette = LIGHT,
+    source: str = "",
 ) -> bytes:
     """A page of thumbnails: a row a query, and its nearest by cosine to the right of it, the nearest first.
 
     Of each row: `id`, its `class` (None where nothing is labelled), and its `neighbours`: mappings of `id`, `cosine` and
     `class`. `thumbnails` (H, W, 3) uint8 by id; the cell of one that is None, or not there, is empty. A neighbour of the
-    query's class has a solid frame and a check mark, one of another class a dotted frame and a cross.
+    query's class has a solid frame and a check mark, one of another class a dotted frame, a cross and its class below.
     """
     k = max((len(row["neighbours"]) for row in rows), default=0)
-    gap, high = 0.35, 1.34  # between the query and its neighbours; of a row; in widths of a thumbnail
+    labelled = any(row.get("class") is not None for row in rows)
+    gap, high = (
+        0.35,
+        1.42 if labelled else 1.25,
+    )  # between the query and its neighbours; of a row; in widths of a thumbnail
+    foot = 0.3 if source else 0.05
     wide = k + 1 + gap
     scale = 7.4 / (wide + 0.1)
-    with figure(7.4, scale * (high * len(rows) + 0.5), palette) as made:
+    with figure(7.4, scale * (high * len(rows) + 0.45 + foot), palette) as made:
         made.set_layout_engine("none")
         axes = made.add_axes((0, 0, 1, 1), frameon=False)
-        axes.set(xlim=(-0.05, wide + 0.05), ylim=(high * len(rows) + 0.05, -0.45), xticks=[], yticks=[])
+        axes.set(xlim=(-0.05, wide + 0.05), ylim=(high * len(rows) + foot, -0.45), xticks=[], yticks=[])
         size = 7.5 * min(1.0, scale / 0.75)
         words = {"fontsize": size, "ha": "center", "va": "top"}
         axes.text(0.46, -0.12, "query", **{**words, "va": "bottom"})
         order = f"nearest by cosine, the nearest first ({MARK} same class, {NO_MARK} another)"
-        labelled = any(row.get("class") is not None for row in rows)
+        if source:
+            axes.text(0, high * len(rows), source, color=palette.faint, fontsize=size, va="top")
         axes.text(
             1 + gap, -0.12, order if labelled else order.partition(" (")[0], **{**words, "va": "bottom", "ha": "left"}
         )
@@ -326,7 +409,7 @@ def neighbours(
                 look: dict[str, Any] = {"edge": palette.rule, "linewidth": 0.8}
                 if row.get("class") is not None:
                     same = one.get("class") == row["class"]
-                    note += f" {MARK if same else NO_MARK}"
+                    note += f" {MARK}" if same else f" {NO_MARK}\n{_short(one.get('class') or 'no class', 12)}"
                     look = (
                         {"edge": palette.lines[1], "linewidth": 2.0}
                         if same
@@ -337,13 +420,41 @@ def neighbours(
         return png(made)
 
 
+def views(rows: Sequence[np.ndarray], palette: Palette = LIGHT, source: str = "") -> bytes:
+    """Views of pictures as training sees them: a row a view (N, H, W, 3) uint8, a column a picture."""
+    columns = max((len(row) for row in rows), default=0)
+    left, top, foot = 0.75, 0.3, 0.3 if source else 0.05  # in inches
+    side = (7.35 - left) / max(columns, 1)
+    with figure(7.4, side * len(rows) + top + foot, palette) as made:
+        made.set_layout_engine("none")
+        axes = made.add_axes((0, 0, 1, 1), frameon=False)
+        axes.set(xlim=(0, 7.4), ylim=(side * len(rows) + top + foot, 0), xticks=[], yticks=[])
+        for column in range(columns):
+            middle = left + side * (column + 0.46)
+            axes.text(middle, top - 0.06, f"picture {column + 1}", fontsize=8, ha="center", va="bottom")
+        for number, row in enumerate(rows):
+            high = top + side * number
+            axes.text(left - 0.1, high + side * 0.46, f"view {number + 1}", fontsize=8, ha="right", va="center")
+            for column, picture in enumerate(row):
+                _thumbnail(axes, picture, left + side * column, high, palette, palette.rule, 0.92 * side, linewidth=0.5)
+        if source:
+            axes.text(0.06, side * len(rows) + top + 0.06, source, color=palette.faint, fontsize=8, va="top")
+        return png(made)
+
+
 def _thumbnail(
-    axes: Any, picture: np.ndarray | None, left: float, top: float, palette: Palette, edge: str, **line: Any
+    axes: Any,
+    picture: np.ndarray | None,
+    left: float,
+    top: float,
+    palette: Palette,
+    edge: str,
+    side: float = 0.92,
+    **line: Any,
 ) -> None:
-    """A picture in the middle of a square cell of 0.92, and the cell's frame."""
+    """A picture in the middle of a square cell, and the cell's frame."""
     from matplotlib.patches import Rectangle
 
-    side = 0.92
     if picture is not None:
         height, width = (side * length / max(picture.shape[:2]) for length in picture.shape[:2])
         x, y = left + (side - width) / 2, top + (side - height) / 2
@@ -358,16 +469,18 @@ def _thumbnail(
         )
 
 
-def _legend(axes: Any, columns: int) -> None:
+def _legend(axes: Any, columns: int, **more: Any) -> None:
     """A legend below the x axis and its label, so that it hides nothing."""
     from matplotlib.transforms import ScaledTranslation
 
     below = axes.transAxes + ScaledTranslation(0, -0.47, axes.figure.dpi_scale_trans)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.01, 0), bbox_transform=below, ncols=columns, borderaxespad=0)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(-0.01, 0), bbox_transform=below, ncols=columns, borderaxespad=0, **more
+    )
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")  # -0.0 + 0.0 is 0.0
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -376,13 +489,14 @@ def _short(name: str, most: int = 24) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palette = LIGHT) -> bytes:
+def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palette = LIGHT, source: str = "") -> bytes:
     """Eigenvalues of covariances, sorted, in log10: a curve a run and layer, as Figures 1 and 3 of arXiv 2307.08913.
 
     Of each run by its name the layers "r" and "z", or one of them: their descending `eigenvalues`, and `rank` of them over
-    lambda_max * D * eps(float32), which is the thin line of each curve. A run has a colour and a marker; r is solid, z
-    dashed. Under lambda_max * D * eps(float64) an eigenvalue is rounding: such ones and zeros lie on the lowest line,
-    which says so.
+    lambda_max * D * eps(float32). On the left as they are, as in the paper; on the right relative to each curve's
+    lambda_max: a head of small weights lowers a curve and does not bend it. There the rank's threshold is one thin line
+    for each D. A run has a colour and a marker; r is solid, z dashed. Under lambda_max * D * eps(float64) an eigenvalue is
+    rounding: such ones and zeros lie on the lowest line, which says so.
     """
     single, double = (float(np.finfo(kind).eps) for kind in (np.float32, np.float64))
     curves = [
@@ -390,33 +504,49 @@ def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palet
         for place, (name, layers) in enumerate(runs.items())
         for layer, of in layers.items()
     ]
-    tops = [values[0] for *_, values, _ in curves if values[0] > 0]
-    floor = min((values[0] * len(values) * double for *_, values, _ in curves if values[0] > 0), default=double)
-    lowest = False
-    with figure(7.4, 4.2 + 0.2 * math.ceil(len(curves) / 2), palette) as made:
-        axes = made.subplots()
-        for place, name, layer, values, rank in curves:
-            colour = palette.lines[place % len(palette.lines)]
-            step = max(len(values) // 8, 1)
-            axes.plot(
-                np.arange(1, len(values) + 1), np.log10(np.maximum(values, floor)), color=colour,
-                linestyle="-" if layer == "r" else "--", marker=MARKERS[place % len(MARKERS)], markersize=4,
-                markevery=((place * step // max(len(runs), 1)) % step, step),
-                label=f"{_short(name, 40)}, {layer}: rank {rank} of {len(values)}",
-            )  # fmt: skip
-            if values[0] > 0:
-                least = np.log10(values[0] * len(values) * single)
-                axes.plot([1, len(values)], [least, least], color=colour, linestyle=":", linewidth=0.6)
-            lowest |= bool((values <= floor).any())
-        axes.plot(
-            [], [], color=palette.ink, linestyle=":", linewidth=0.6, label="λmax · D · ε of float32, of each curve"
-        )
-        if lowest:
-            axes.axhline(np.log10(floor), color=palette.faint, linewidth=1.0, zorder=1)
-            words = "0, or rounding of float64"
-            axes.annotate(words, (0.005, np.log10(floor)), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", color=palette.faint, fontsize=9)  # fmt: skip
-            axes.set_ylim(bottom=np.log10(floor) - 0.02 * np.log10(max(tops, default=1.0) / floor))
-        axes.set(xlabel="eigenvalue index, sorted", ylabel="log10 eigenvalue of the covariance")
-        made.legend(loc="outside lower left", ncols=2)
+    widths = sorted({len(values) for *_, values, _ in curves})
+    extra = 0.2 * (len(curves) + 1 + bool(source))
+    with figure(7.4, 3.7 + extra, palette) as made:
+        for axes, relative in zip(made.subplots(1, 2), (False, True), strict=True):
+            tops = [1.0 if relative else values[0] for *_, values, _ in curves if values[0] > 0]
+            floors = [
+                (1.0 if relative else values[0]) * len(values) * double for *_, values, _ in curves if values[0] > 0
+            ]
+            floor = min(floors, default=double)
+            lowest = False
+            for place, name, layer, values, rank in curves:
+                shown = values / values[0] if relative and values[0] > 0 else values
+                step = max(len(values) // 8, 1)
+                axes.plot(
+                    np.arange(1, len(values) + 1), np.log10(np.maximum(shown, floor)),
+                    color=palette.lines[place % len(palette.lines)], linestyle="-" if layer == "r" else "--",
+                    marker=MARKERS[place % len(MARKERS)], markersize=4,
+                    markevery=((place * step // max(len(runs), 1)) % step, step),
+                    label=f"{_short(name, 40)}, {layer}: rank {rank}, eff. {_effective_rank(values):.1f} of {len(values)}",
+                )  # fmt: skip
+                lowest |= bool((shown <= floor).any())
+            if relative:
+                for place, width in enumerate(widths):
+                    least = np.log10(width * single)
+                    words = "" if place else "D · ε of float32, over which the rank counts"
+                    axes.plot([1, width], [least, least], color=palette.ink, linestyle=":", linewidth=1.0, label=words)
+            if lowest:
+                axes.axhline(np.log10(floor), color=palette.faint, linewidth=1.0, zorder=1)
+                axes.annotate("0, or rounding of float64", (0.01, np.log10(floor)),
+                              xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                              color=palette.faint, fontsize=9)  # fmt: skip
+                axes.set_ylim(bottom=np.log10(floor) - 0.02 * np.log10(max(tops, default=1.0) / floor))
+            axes.set(
+                xlabel="eigenvalue index, sorted",
+                ylabel="log10 λ/λmax" if relative else "log10 λ",
+                title="relative to each curve's largest" if relative else "eigenvalues λ of the covariance",
+            )
+        made.legend(*axes.get_legend_handles_labels(), loc="outside upper left")
+        _say_source(made, source, palette)
         return png(made)
+
+
+def _effective_rank(values: np.ndarray) -> float:
+    """exp(-sum p log p), p = values / their sum, as `measures.effective_rank`; 0 where all are 0."""
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0

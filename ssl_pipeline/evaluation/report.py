@@ -11,6 +11,8 @@ import hashlib
 import html
 import importlib.metadata
 import io
+import itertools
+import logging
 import math
 import os
 import platform
@@ -31,7 +33,9 @@ from ssl_pipeline.evaluation.compare import differing, environment, shown
 from ssl_pipeline.evaluation.pictures import DARK, LIGHT
 from ssl_pipeline.evaluation.tables import Entry, Group, label
 from ssl_pipeline.exits import BadInput, Status
-from ssl_pipeline.run_folder import RunFolder, duration
+from ssl_pipeline.run_folder import RunFolder, duration, refused, require_writable
+
+log = logging.getLogger("ssl_pipeline")
 
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TABLES = "Tables 1 to 3 of the paper"
@@ -39,6 +43,12 @@ PAPER = "Song et al. 2023, “Towards the Sparseness of Projection Head in Self-
 
 FIRST_MEASURES = ("_effective_rank", "_rankme", "_std", "_uniformity")
 """Of the held-out measures, those whose curves are not folded."""
+
+WIDTH = 11.5
+"""Of a figure of curves in inches, 100 pixels of the page each."""
+
+FEW = 6
+"""Points of a curve, below which each is marked."""
 
 LAST_STEP = (
     "step",
@@ -104,7 +114,7 @@ details { margin: .25rem 0; } details .grid { margin: .5rem 0 1.5rem -.5rem; }
 summary { cursor: pointer; padding: .35rem 0; } summary small { margin-left: .5rem; }
 figure { margin: 0; } figcaption { margin-top: .5rem; max-width: 44rem; }
 img { display: block; height: auto; }
-.curve img { width: 46rem; max-width: 100%; min-width: 30rem; }
+.curve img { width: 72rem; max-width: 100%; min-width: 46rem; } .curve + .curve { margin-top: 2rem; }
 .drawn { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 2rem 2.5rem; }
 .drawn figure { max-width: 46rem; min-width: 0; } .drawn img { width: 100%; } .drawn .scroll img { min-width: 30rem; }
 .drawn + .grid, p + .drawn { margin-top: 1rem; }
@@ -133,10 +143,11 @@ def write(
 ) -> list[Path]:
     """Write report.html and report.md: of one run into it, of several into `folder` (default: the current one).
 
-    Raises BadInput where a folder is no run, matplotlib is missing or the files cannot be written.
+    Raises BadInput where a folder is no run or matplotlib is missing, and as `run_folder.refused`.
     """
     alone = len({run.path.resolve() for run in runs}) == 1
     folder = folder or (runs[0].path if alone else Path())
+    require_writable(folder)
     texts = {"report.html": page(runs, title, note, complete), "report.md": markdown(runs, title, note, complete)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +158,7 @@ def write(
                 file.write(text)
             os.replace(partial, folder / name)
     except OSError as error:
-        raise BadInput(
-            f"cannot write the report to {str(folder)!r}: {error}; free room or name another folder"
-        ) from None
+        raise refused(folder, error) from None
     return [folder / name for name in texts]
 
 
@@ -159,7 +168,10 @@ def page(
     """The whole of report.html. Raises BadInput where a folder is no run or matplotlib is missing."""
     found = tables.groups(runs, complete)
     title = title or _title(found)
-    parts = [(key, heading, text) for key, heading, part in PARTS if (text := part(found))]
+    parts = []
+    for key, heading, part in PARTS:
+        log.info("report: %s", heading)
+        parts += [(key, heading, text)] if (text := part(found)) else []
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in parts)
     body = [f"<header><h1>{_escaped(title)}</h1>", *(f"<p>{_escaped(line)}</p>" for line in _notes(found, note))]
     body += [f'<nav aria-label="Parts of this report">{links}</nav></header><main>']
@@ -185,10 +197,12 @@ def markdown(
     found = tables.groups(runs, complete)
     names, every = _names(found), tables.tables(found)
     lines = [f"# {_plain(title or _title(found))}", *map(_plain, _notes(found, note))]
-    lines += ["## Summary", _summary_grid(found).markdown(), "## Results"]
-    for group in found:
-        lines += [f"### {_plain(group.title)}", *(grid.markdown() for grid in _of_group(group))]
-    for heading, grids in (("Measures", _measures_grids(found)), ("Spectra", _spectra_grids(found))):
+    lines += ["## Summary", _summary_grid(found).markdown()]
+    for heading, grids in (
+        ("Results", _results_grids(found)),
+        ("Measures", _measures_grids(found)),
+        ("Spectra", _spectra_grids(found)),
+    ):
         lines += [f"## {heading}", *(grid.markdown() for grid in grids)] if grids else []
     lines += ["## Config", *map(_plain, _config_notes(found)), *(grid.markdown() for grid in _config_grids(found))]
     around = _environment_grid(found)
@@ -453,56 +467,60 @@ def _summary(found: Sequence[Group]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- what a run did
-def _of_group(group: Group) -> Iterator[Grid]:
-    """Results and the last logged step of a group's runs."""
-    several = len(group.entries) > 1
-    heads = [f"seed {entry.seed}" for entry in group.entries] if several else [""]
-    every = dict.fromkeys(name for entry in group.entries for name in entry.results)
+def _results_grids(found: Sequence[Group]) -> list[Grid]:
+    """Results and the last logged step, a column a run; of several seeds of one config their mean too."""
+    names, entries = _names(found), _entries(found)
+    if len(found) > 1:
+        heads = [[names[entry.run.path] for entry in group.entries] for group in found]
+    else:
+        heads = [[f"seed {entry.seed}" for entry in group.entries] if len(entries) > 1 else [""] for group in found]
+    every = dict.fromkeys(name for entry in entries for name in entry.results)
     files = [name for name in every if not name.startswith(("spectrum", "analysis"))]  # which have parts of their own
-    for file in files:
-        yield from _of_file(file, [entry.results.get(file, {}) for entry in group.entries], heads)
+    grids = [grid for file in files for grid in _of_file(file, found, heads)]
 
-    last = [next(iter(entry.training_rows[::-1]), {}) for entry in group.entries]
+    last = [next(iter(entry.training_rows[::-1]), {}) for entry in entries]
     shown = [name for name in LAST_STEP if any(row.get(name) is not None for row in last)]
     if shown:
         rows = [[name, *(_value(row.get(name), digits=4) for row in last)] for name in shown]
-        yield Grid("The last logged step", ["", *heads], rows)
+        grids.append(Grid("The last logged step", ["", *(head for of in heads for head in of)], rows))
+    return grids
 
 
-def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Iterator[Grid]:
+def _of_file(file: str, found: Sequence[Group], heads: Sequence[Sequence[str]]) -> Iterator[Grid]:
     """The tables of one file in results/: one of all runs' plain values, and one a run of nested mappings and of rows."""
-    of_runs = [{key: value for key, value in values.items() if key != "recipe"} for values in of_runs]  # in the JSON
-    flat = list(
-        dict.fromkeys(
-            key
-            for values in of_runs
-            for key, value in values.items()
-            if not isinstance(value, Mapping) and not _is_rows(value)
-        )
+    of_groups = [
+        [{k: v for k, v in entry.results.get(file, {}).items() if k != "recipe"} for entry in group.entries]
+        for group in found
+    ]  # the recipe is in the JSON
+    of_runs = list(zip(itertools.chain(*heads), itertools.chain(*of_groups), strict=True))
+    several = len(of_runs) > 1
+    flat = dict.fromkeys(
+        key
+        for _, values in of_runs
+        for key, value in values.items()
+        if key != "changed" and not isinstance(value, Mapping) and not _is_rows(value)
     )
-    several = len(heads) > 1
+    remarks = [
+        f"changed{f', {head}' if several else ''}: {', '.join(recipe)}"
+        for head, values in of_runs
+        if (recipe := tables.changed(values))
+    ]
     rows: list[list[Cell]] = []
-    remarks: list[str] = []
-    recipes = [tables.changed(values) for values in of_runs]
-    alike = len({recipe for recipe, values in zip(recipes, of_runs, strict=True) if values}) == 1
-    for recipe, head in zip(recipes, heads, strict=True):
-        if recipe:
-            remarks.append(f"changed{f', {head}' if several else ''}: {', '.join(recipe)}")
     for key in flat:
-        if key == "changed":
-            continue
-        found = [values.get(key) for values in of_runs]
-        if any(isinstance(value, str) for value in found):
-            shown = [f"{key}, {head}: {_value(value)}" for head, value in zip(heads, found, strict=True)]
-            remarks += shown if found.count(found[0]) < len(found) else [f"{key}: {found[0]}"]
+        known = [(head, value) for head, values in of_runs if (value := values.get(key)) is not None]
+        if key == "ranks" or any(isinstance(value, str) for _, value in known):  # how it was measured, not what
+            alike = len({_value(value) for _, value in known}) == 1
+            remarks += (
+                [f"{key}: {_value(known[0][1])}"] if alike else [f"{key}, {head}: {_value(v)}" for head, v in known]
+            )
         else:
-            mean = tables.statistic([number for value in found if (number := tables.number(value)) is not None])
-            # Numbers of different recipes are not averaged.
-            rows.append([key, *map(_value, found), *([_mean(mean if alike else None)] if several else [])])
-    if flat:
-        columns = ["", *heads, *(["mean ± deviation"] if several else [])]
-        yield Grid(f"results/{file}.json", columns, rows, remarks=remarks)
-    for values, head in zip(of_runs, heads, strict=True):
+            rows.append([key, *(cell for group in of_groups for cell in _values_and_mean(key, group))])
+    if rows or remarks:
+        columns = ["", *(c for of in heads for c in (*of, *["mean ± deviation"] * (len(of) > 1)))]
+        spans = [(group.title, len(of) + (len(of) > 1)) for group, of in zip(found, heads, strict=True)]
+        over = [("", 1), *spans] if len(found) > 1 and any(span > 1 for _, span in spans) else []
+        yield Grid(f"results/{file}.json", columns, rows, over, remarks=remarks)
+    for head, values in of_runs:
         for key, tried in values.items():
             if _is_rows(tried):
                 columns = list(dict.fromkeys(column for row in tried for column in row))
@@ -513,6 +531,16 @@ def _of_file(file: str, of_runs: Sequence[Mapping[str, Any]], heads: Sequence[st
             columns = list(dict.fromkeys(key for leaves in nested.values() for key in leaves))
             rows = [[name, *(_value(leaves.get(column)) for column in columns)] for name, leaves in nested.items()]
             yield Grid(f"results/{file}.json{f', {head}' if several else ''}", ["", *columns], rows)
+
+
+def _values_and_mean(key: str, seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A key's value of each seed and, of several, their mean; numbers of different recipes are not averaged."""
+    found = [values.get(key) for values in seeds]
+    if len(found) == 1:
+        return [_value(found[0])]
+    alike = len({tables.changed(values) for values in seeds if values}) == 1
+    mean = tables.statistic([number for value in found if (number := tables.number(value)) is not None])
+    return [*map(_value, found), _mean(mean if alike else None)]
 
 
 def _is_rows(value: Any) -> bool:
@@ -529,12 +557,8 @@ def _leaves(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _results(found: Sequence[Group]) -> str:
-    parts = []
-    for group in found:
-        grids = "".join(grid.html() for grid in _of_group(group))
-        heading = f"<h3>{_escaped(group.title)}</h3>" if len(found) > 1 else ""
-        parts += [f'{heading}<div class="grids">{grids}</div>'] if grids else []
-    return "".join(parts)
+    grids = "".join(grid.html() for grid in _results_grids(found))
+    return f'<div class="grids">{grids}</div>' if grids else ""
 
 
 # ------------------------------------------------------------------------------------------------ config and environment
@@ -673,60 +697,65 @@ def _curves(found: Sequence[Group], panels: Sequence[Panel], caption: str, colum
     if not drawn:
         return ""
     text = _escaped(caption)
-    picture = _picture(lambda palette: _draw(drawn, list(names.values()), palette, columns), caption)
+    picture = _picture(*_draw(drawn, list(names.values()), columns), caption)
     return (
         f'<figure class="curve"><div class="scroll" tabindex="0" role="region" aria-label="{text}">{picture}</div>'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
 
-def _picture(draw: Callable[[pictures.Palette], bytes], words: str) -> str:
-    """Two pictures of the same: a line in a colour for white paper cannot be seen on black. Paper is white in print."""
-    light, dark = (_data(draw(palette)) for palette in (LIGHT, DARK))
+def _picture(light: bytes, dark: bytes, words: str) -> str:
+    """Two PNGs of the same: a line in a colour for white paper cannot be seen on black. Paper is white in print."""
     return (
-        f'<picture><source srcset="{dark}" media="screen and (prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{_escaped(words)}"></picture>'
+        f'<picture><source srcset="{_data(dark)}" media="screen and (prefers-color-scheme: dark)">'
+        f'<img src="{_data(light)}" alt="{_escaped(words)}"></picture>'
     )
 
 
 def _draw(
-    panels: Sequence[tuple[Panel, Mapping[str, Sequence[tuple[int, float]]]]],
-    names: Sequence[str],
-    palette: pictures.Palette,
-    columns: int = 1,
-) -> bytes:
-    """A PNG of panels, each with {name of the line: points}; `names` are those of all lines."""
+    panels: Sequence[tuple[Panel, Mapping[str, Sequence[tuple[int, float]]]]], names: Sequence[str], columns: int = 1
+) -> tuple[bytes, bytes]:
+    """PNGs of panels, each with {name of the line: points}, for white and black paper; `names` are those of all lines."""
     columns = min(columns, len(panels))
     shown = [name for name in names if any(name in named for _, named in panels)]
-    keys = 0.21 * math.ceil(len(shown) / 2) * (len(shown) > 1)
-    with pictures.figure(7.4, 2.9 * math.ceil(len(panels) / columns) + keys, palette) as figure:
-        import matplotlib
-        from matplotlib.ticker import MaxNLocator
+    keys = 0.21 * math.ceil(len(shown) / 3) * (len(shown) > 1)
+    made, places = [], None
+    for palette in (LIGHT, DARK):
+        with pictures.figure(WIDTH, 2.9 * math.ceil(len(panels) / columns) + keys, palette) as figure:
+            import matplotlib
+            from matplotlib.ticker import MaxNLocator
 
-        looks = list(matplotlib.rcParams["axes.prop_cycle"])
-        every = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat
-        lines = {}
-        for axes, (panel, named) in zip(every, panels, strict=False):
-            for name, points in named.items():
-                look = looks[names.index(name) % len(looks)]
-                (lines[name],) = axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else None, **look)
-            axes.set(title=panel.title, ylabel=panel.label, xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(7 // columns, steps=[1, 2, 5, 10], integer=True))
-            axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-        for axes in every:
-            axes.set_visible(False)
-        if len(shown) > 1:  # a name that begins with _ would be left out
-            figure.legend(
-                [lines[name] for name in shown], [f" {name}" for name in shown], loc="outside lower left", ncols=2
-            )
-        return pictures.png(figure)
+            looks = list(matplotlib.rcParams["axes.prop_cycle"])
+            every = list(figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat)
+            lines = {}
+            for axes, (panel, named) in zip(every, panels, strict=False):
+                for name, points in named.items():
+                    look = looks[names.index(name) % len(looks)]
+                    marker = "o" if len(points) < FEW else None
+                    (lines[name],) = axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, **look)
+                axes.set(title=panel.title, ylabel=panel.label, xlabel="step")
+                axes.xaxis.set_major_locator(MaxNLocator(10 // columns, steps=[1, 2, 5, 10], integer=True))
+                axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+            for axes in every[len(panels) :]:
+                axes.set_visible(False)
+            if len(shown) > 1:  # a name that begins with _ would be left out
+                figure.legend(
+                    [lines[name] for name in shown], [f" {name}" for name in shown], loc="outside lower left", ncols=3
+                )
+            if places is not None:  # laying out takes most of the time
+                figure.set_layout_engine("none")
+                for axes, place in zip(every, places, strict=True):
+                    axes.set_position(place)
+            made.append(pictures.png(figure))
+            places = [axes.get_position() for axes in every]
+    return made[0], made[1]
 
 
 def _data(png: bytes) -> str:
-    """Address of a drawing: a PNG of at most 128 colours, which halves it."""
+    """Address of a drawing: a PNG of at most 128 colours, which halves it. The best compression would take seconds."""
     buffer = io.BytesIO()
     image = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -747,25 +776,32 @@ def _loss(found: Sequence[Group]) -> str:
         panels.setdefault(bare, []).append(entry)
     caption = "Loss without the penalty, the mean over the steps between two logged ones, against the step."
     return _curves(
-        found, [Panel(title * (len(panels) > 1), "loss", "loss", of) for title, of in panels.items()], caption
+        found, [Panel(title * (len(panels) > 1), "loss", "loss", of) for title, of in panels.items()], caption, 2
     )
 
 
 def _online(found: Sequence[Group]) -> str:
-    """A panel for each accuracy and data set."""
+    """Of each kind of accuracy a figure, with a panel for each accuracy and data set."""
     logged = {key for entry in _entries(found) for row in entry.rows for key in row}
     keys = sorted(key for key in logged if key.startswith("online_") and "_top" in key)
     panels: dict[str, list[Entry]] = {}
     for entry in _entries(found):
         panels.setdefault(tables.label(entry.data) if entry.data else "", []).append(entry)
-    every = [
-        Panel(data * (len(panels) > 1), f"{key.removeprefix('online_')}, %", key, of)
-        for key in keys
-        for data, of in panels.items()
-    ]
-    return _curves(
-        found, every, "Accuracy of the backbone while it was trained, in percent, against the step.", columns=2
-    )
+    figures = []
+    for neighbours, caption in ((True, ONLINE_KNN), (False, ONLINE_LINEAR)):
+        of_kind = [key for key in keys if key.startswith("online_knn") == neighbours]
+        every = [
+            Panel(data * (len(panels) > 1), _accuracy(key), key, of) for key in of_kind for data, of in panels.items()
+        ]
+        figures.append(_curves(found, every, caption, columns=2))
+    return "".join(figures)
+
+
+def _accuracy(key: str) -> str:
+    """`online_knn5_top1` as `5-nn top-1, %`, and `online_top1` as `online linear top-1, %`."""
+    what, _, top = key.removeprefix("online_").rpartition("top")
+    neighbours = what.removeprefix("knn").removesuffix("_")
+    return f"{f'{neighbours}-nn' if neighbours else 'online linear'} top-{top}, %"
 
 
 def _held_out(found: Sequence[Group]) -> str:
@@ -778,7 +814,7 @@ def _held_out(found: Sequence[Group]) -> str:
     first = [panel for panel in every if panel.key.endswith(FIRST_MEASURES)]
     others = [panel for panel in every if panel not in first]
     words = "Measured on held-out pictures while it was trained, against the step."
-    shown, folded = (_curves(found, panels, words, columns=2) for panels in (first, others))
+    shown, folded = (_curves(found, panels, words, columns=4) for panels in (first, others))
     many = f"<details><summary>The other measures</summary>{folded}</details>"
     return shown + many if shown and folded else shown + folded
 
@@ -888,7 +924,7 @@ def _figure(draw: Callable[[pictures.Palette], bytes], words: str) -> str:
     """A picture with words below; where it cannot be drawn they say so."""
     try:
         frame = f'<div class="scroll" tabindex="0" role="region" aria-label="{_escaped(words)}">'
-        picture = f"{frame}{_picture(draw, words)}</div>"
+        picture = f"{frame}{_picture(draw(LIGHT), draw(DARK), words)}</div>"
     except BadInput:
         raise
     except Exception:  # whatever matplotlib raises of numbers that another version, or a stranger, has written
@@ -989,6 +1025,11 @@ def _paper(found: Sequence[Group]) -> str:
     return "".join(parts)
 
 
+ONLINE_KNN = "Nearest neighbours on some held-out pictures while it was trained, in percent, against the step."
+ONLINE_LINEAR = (
+    "Online linear probe on augmented training batches, in percent, against the step; not a result: "
+    "the means over batches of a classifier that is trained along with the backbone."
+)
 COSINES = "Cosines of two views of a picture, and of views of two pictures, on held-out pictures."
 PARTS = (
     ("summary", "Summary", _summary),

@@ -24,9 +24,9 @@ from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.evaluation import features, measures, pictures
 from ssl_pipeline.evaluation.features import Options as FeatureOptions
 from ssl_pipeline.evaluation.knn import NOT_FINITE
-from ssl_pipeline.exits import BadInput, StorageFailure
+from ssl_pipeline.exits import BadInput
 from ssl_pipeline.head import ProjectionHead
-from ssl_pipeline.run_folder import RunFolder
+from ssl_pipeline.run_folder import RunFolder, refused
 
 LAYERS = ("r", "z")
 """Representation and embedding, as the paper names them."""
@@ -116,7 +116,7 @@ def _few(of: Mapping[str, Any]) -> bool:
 def write_table(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """CSV of the spectra of one run or several, by name: layer, index from 1, eigenvalue, log10; several have `run` before.
 
-    log10 of an eigenvalue that is 0 is -inf. Raises StorageFailure.
+    log10 of an eigenvalue that is 0 is -inf. Raises as `write_file`.
     """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -130,8 +130,10 @@ def write_table(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def write_picture(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """PNG of the spectra of runs by name. Raises BadInput where matplotlib is missing, StorageFailure."""
-    write_file(path, pictures.spectrum({name: {k: of[k] for k in LAYERS if k in of} for name, of in results.items()}))
+    """PNG of the spectra of runs by name. Raises BadInput where matplotlib is missing, and as `write_file`."""
+    of = [pictures.source(name, r["step"], r["split"], r["r"]["count"]) for name, r in results.items()]
+    layers = {name: {k: r[k] for k in LAYERS if k in r} for name, r in results.items()}
+    write_file(path, pictures.spectrum(layers, source="; ".join(of)))
 
 
 def log10(value: float) -> float:
@@ -139,11 +141,11 @@ def log10(value: float) -> float:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Raises as `run_folder.refused`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError as error:
-        raise StorageFailure(f"cannot write {path}: {error}; free room and give the same command again") from None
+        raise refused(path, error) from None

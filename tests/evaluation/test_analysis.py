@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -94,6 +95,9 @@ def test_numbers_are_what_the_pictures_give(run: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "embedding_alignment: " in printed
     assert "no head" not in printed
+    assert "\nhead_groups: 24\n" in printed  # a count is printed as one
+    numbers = re.findall(r"^(?:representation|embedding|head)_\w+: (.*)$", printed, flags=re.MULTILINE)
+    assert max(len(re.sub(r"e.*|\D", "", number).strip("0")) for number in numbers) == 6
     assert f"written to {run / 'results' / 'cosines.png'}" in printed
 
     found = result_of(run)
@@ -118,7 +122,7 @@ def test_numbers_are_what_the_pictures_give(run: Path, capsys: pytest.CaptureFix
         for key, values in (("positive", positive), ("negative", negative)):
             assert of[f"{key}_mean"] == pytest.approx(values.mean(), abs=2e-5)
             assert found[f"{space}_{key}_cosine"] == pytest.approx(values.mean(), abs=2e-5)
-            counts = np.histogram(values, np.linspace(-1, 1, 201))[0]
+            counts = np.histogram(values, of["edges"])[0]
             assert np.abs(counts - of[key]).sum() <= 4  # a cosine on an edge may fall to either side
         assert found[f"{space}_alignment"] == pytest.approx((2 - 2 * positive).mean(), abs=5e-5)
 
@@ -212,6 +216,27 @@ def test_of_many_classes_the_commonest_are_named() -> None:
     told, chosen = analysis.points(np.full(9, -1), [], seed=0)
     assert told == []
     assert chosen.tolist() == list(range(9))
+
+
+def test_bins_follow_the_number_of_pairs() -> None:
+    """As Freedman and Diaconis have it, by numpy, but for widths that are stepped and bounded."""
+    generator = np.random.default_rng(0)
+    for count, spread, width in (
+        (100, 0.1, 0.1),
+        (5_000, 0.1, 0.02),
+        (500, 0.1, 0.05),
+        (10**5, 0.05, 0.01),
+        (9, 2, 0.1),
+    ):
+        values = generator.normal(0, spread, count).clip(-1, 1)
+        edges = analysis.bins(values)
+        np.testing.assert_allclose(np.diff(edges), width)
+        assert (edges[0], edges[-1]) == (-1, 1)
+        assert 0 in edges
+        theirs = np.diff(np.histogram_bin_edges(values, "fd"))[0]
+        assert theirs < 1.05 * width or width == 0.1
+        assert theirs > 0.4 * width or width == 0.01
+    assert len(analysis.bins(np.ones(5))) == 201
 
 
 def test_cosines_are_counted_in_parts() -> None:
@@ -389,9 +414,9 @@ def test_ranks_find_the_same(run: Path) -> None:
 
 def test_a_result_alone_is_drawn_in_both_colours(run: Path) -> None:
     assert called("analyze", run, "--pictures", 10) == Status.DONE
-    shown = result_of(run)["pictures"]
+    found = result_of(run)
     for palette in (pictures.LIGHT, pictures.DARK):
-        drawn = analysis.draw(shown, "run", palette)
+        drawn = analysis.draw(found, "run", palette)
         assert set(drawn) == {"spectrum", "group_norms", "cosines", "projection"}
         if palette is pictures.LIGHT:
             for name, data in drawn.items():

@@ -87,6 +87,36 @@ def test_rows_and_keys_of_one_side_alone() -> None:
     assert compare.metrics([], rows)["steps"] == 0
 
 
+def test_final_values_stand_side_by_side_in_few_digits(tmp_path: Path) -> None:
+    runs = [RunFolder(tmp_path / name) for name in ("a", "b")]
+    for run, loss in zip(runs, (0.12345678912345678, 0.12345678912345), strict=True):
+        run.describe({"method": {"name": "simclr"}})
+        rows = [{"step": 1, "loss": loss}, {"step": 2, "loss": 2 * loss}, {"step": 2, "online_knn5_top1": 3.0}]
+        run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs[1].write_result("knn", {"knn5_top1": 61.0, "ranks": 2})
+    runs[1].write_result("analysis", {"representation_effective_rank": 7.5, "representation_std": 0.5})
+    found = compare.compare(runs)
+    ranks, knn = "analysis.representation_effective_rank", "knn.knn5_top1"
+    assert found["final"] == {
+        "step": [2, 2], "loss": [0.24691357824691357, 0.2469135782469], ranks: [None, 7.5], knn: [None, 61.0],
+    }  # fmt: skip
+    text = compare.described(found)
+    lines = [line.split() for line in text.partition("final values")[2].splitlines()[1:]]
+    assert lines == [
+        ["A", "B"],
+        ["step", "2", "2"],
+        ["loss", *["0.24691358"] * 2],
+        [ranks, "-", "7.5"],
+        [knn, "-", "61"],
+    ]
+    assert ["loss", "0.12345679", "0.12345679"] in [line.split()[:3] for line in text.splitlines()]
+    assert "same run folder" not in text
+    (tmp_path / "link").symlink_to(runs[0].path)
+    assert compare.described(compare.compare([runs[0], RunFolder(tmp_path / "link")])).startswith(
+        "A and B are the same run"
+    )
+
+
 def test_options_that_an_older_version_did_not_have_count_at_their_defaults(tmp_path: Path) -> None:
     values = config.load("digits/simclr").values
     runs = [RunFolder(tmp_path / name) for name in ("old", "new")]
@@ -150,7 +180,7 @@ def test_a_rate_that_was_changed_on_the_way_parts_there(runs: dict[str, RunFolde
     assert rates
     assert all(b > 1.1 * a for a, b in rates)
     text = compare.described(found)
-    assert "equal bit for bit up to step 6; they part at step 8" in text
+    assert "metrics: equal to the last bit up to step 6; at step 8 they part; 4 logged steps are in both\n" in text
     assert "resumed after step 4" in text
 
 
@@ -175,7 +205,7 @@ def test_the_verb(runs: dict[str, RunFolder], capsys: pytest.CaptureFixture, mon
     assert cli.main(words) == Status.DONE
     text = capsys.readouterr().out
     assert "\n  seed  0  1\n" in text
-    assert "they part at step 2" in text
+    assert "metrics: from the first logged step (2) on they differ; 4 logged steps are in both\n" in text
     assert cli.main([*words, "--json", "--tolerance", "0.5"]) == Status.DONE
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(json.dumps(compare.compare([runs["one"], runs["seed"]], completed, tolerance=0.5)))

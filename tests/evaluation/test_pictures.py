@@ -1,4 +1,5 @@
 import io
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import matplotlib.colors
 import matplotlib.text
 import numpy as np
 import pytest
+import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -53,6 +55,10 @@ ROWS = [
     row(5, [4, 6, 7], lambda i: "even" if i % 2 == 0 else "odd"),
 ]
 UNLABELLED = [row(0, [2, 3, 1], lambda _: None)]
+SOURCE = "dense, step 44, val, N = 360"
+BARS = {**LAYER, "norms": [*NORMS[:20], 0.0, 0.0, 0.0]}
+FLAT = {**projected(3), "points": [[10 * x, y] for x, y in RNG.normal(size=(120, 2)).tolist()]}
+VIEWS = [RNG.integers(0, 255, (8, side, side, 3), dtype=np.uint8) for side in (32, 32, 12)]
 EIGENVALUES = {layer: {"eigenvalues": np.geomspace(1, 1e-9, 32).tolist(), "rank": 20} for layer in ("r", "z")}
 
 DRAWN: dict[str, Callable[[Palette], bytes]] = {
@@ -66,6 +72,13 @@ DRAWN: dict[str, Callable[[Palette], bytes]] = {
     "neighbours": lambda palette: pictures.neighbours(ROWS, THUMBNAILS, palette),
     "unlabelled": lambda palette: pictures.neighbours(UNLABELLED, THUMBNAILS, palette),
     "spectrum": lambda palette: pictures.spectrum({"run": EIGENVALUES}, palette),
+    "spectra": lambda palette: pictures.spectrum({f"run {i} of a long name": EIGENVALUES for i in range(6)}, palette, SOURCE * 6),
+    "norms and source": lambda palette: pictures.group_norms([LAYER, BARS], palette, SOURCE),
+    "cosines and source": lambda palette: pictures.cosines({"representation": space(0.8, 0.5)}, palette, SOURCE),
+    "projection and source": lambda palette: pictures.projection(FLAT, palette, SOURCE),
+    "neighbours and source": lambda palette: pictures.neighbours(ROWS, THUMBNAILS, palette, SOURCE),
+    "views and source": lambda palette: pictures.views(VIEWS, palette, SOURCE),
+    "views": lambda palette: pictures.views(VIEWS, palette),
 }  # fmt: skip
 
 
@@ -117,9 +130,14 @@ def test_pictures_are_whole(name: str, palette: Palette, figures: list) -> None:
             legend = axes.get_legend().get_window_extent(renderer)
             assert not legend.overlaps(axes.xaxis.label.get_window_extent(renderer))
             assert not legend.overlaps(axes.get_window_extent(renderer))
-        if name not in ("neighbours", "unlabelled"):
+        if not name.startswith(("neighbours", "unlabelled", "views")):
             assert axes.get_xlabel()
             assert axes.get_ylabel()
+            assert axes.get_title(loc="left")
+            beside = axes.yaxis.label.get_window_extent(renderer)
+            assert 0 <= beside.y0 < beside.y1 <= figure.bbox.height
+    said = [*figure.findobj(matplotlib.text.Text)]
+    assert any(SOURCE in words.get_text() for words in said) == name.endswith(("source", "spectra"))
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
@@ -141,11 +159,19 @@ def test_nothing_is_told_by_colour_alone(palette: Palette, figures: list) -> Non
         shapes = {(c.get_paths()[0].vertices.tobytes(), len(c.get_facecolor())) for c in clouds}  # hollow: no face
         assert len(shapes) == len(clouds)
     assert (len(ten), len(twenty)) == (10, 20)
-    assert len({tuple(c.get_facecolor()[0]) for c in ten}) == 10
-    DRAWN["group_norms"](palette)
-    strong, weak = figures[-1].axes[0].patches
+    kinds = [kind for _, kind in pictures.CLASS_MARKERS]
+    full = [c for c, kind in zip(ten, kinds, strict=False) if kind == pictures.FULL]
+    steps = sorted(luminance(c.get_facecolor()[0][:3]) + 0.05 for c in full)
+    assert len(full) == 5
+    assert all(lighter / darker > 1.4 for darker, lighter in itertools.pairwise(steps))
+    for cloud, kind in zip(ten, kinds, strict=False):  # a full one has an edge of ink
+        assert contrast(cloud.get_edgecolor()[0][:3], palette.paper) >= (3.5 if kind != pictures.FULL else 10)
+    pictures.group_norms([LAYER, BARS], palette)
+    strong, weak = figures[-1].axes[1].patches
     assert contrast(strong.get_facecolor()[:3], palette.rule) >= 2
     assert weak.get_hatch()
+    strong, weak = figures[-1].axes[0].patches
+    assert (strong.get_linestyle(), weak.get_linestyle()) == ("solid", (0, (1, 0.6)))
     DRAWN["cosines"](palette)
     negative, positive = figures[-1].axes[0].patches
     assert (negative.get_fill(), positive.get_fill()) == (True, False)
@@ -161,7 +187,8 @@ def test_neighbours_of_the_class_have_a_mark_and_a_frame(figures: list) -> None:
     yes, no = pictures.MARK, pictures.NO_MARK
     assert yes != no
     found = [word.split() for word in words if word[0].isdigit()]
-    assert found == [["0.90", yes], ["0.80", no], ["0.70", no], ["0.90", no], ["0.80", no], ["0.70", yes]]
+    odd, even = ("0.80", no, "odd"), ("0.90", no, "even")
+    assert [*map(tuple, found)] == [("0.90", yes), odd, ("0.70", no, "odd"), even, ("0.80", no, "even"), ("0.70", yes)]
     assert words.count("unreadable") == 1
     frames = figures[0].axes[0].patches
     assert [frame.get_linestyle() for frame in frames] == ["solid", "solid", ":", ":", "solid", ":", ":", "solid"]
@@ -171,15 +198,74 @@ def test_neighbours_of_the_class_have_a_mark_and_a_frame(figures: list) -> None:
     assert {frame.get_linestyle() for frame in figures[1].axes[0].patches} == {"solid"}
 
 
-def test_bars_are_the_norms(figures: list) -> None:
-    pictures.group_norms([LAYER])
-    strong, weak = figures[0].axes[0].patches
-    assert [*strong.get_data().values, *weak.get_data().values] == NORMS
-    assert (strong.get_data().edges[0], weak.get_data().edges[0]) == (0.5, 20.5)
-    bottom, top = figures[0].axes[0].get_ylim()
-    assert bottom < 1e-5
-    assert top > 2
-    assert figures[0].axes[0].lines[0].get_ydata() == [0.02, 0.02]
+def test_bars_stand_on_zero_and_what_has_no_zero_has_no_bars(figures: list) -> None:
+    pictures.group_norms([LAYER, BARS])
+    steps, bars = figures[0].axes
+    assert (steps.get_yscale(), bars.get_yscale()) == ("log", "linear")
+    for axes, wanted in ((steps, [*NORMS[:-1], np.nan]), (bars, BARS["norms"])):
+        strong, weak = axes.patches
+        np.testing.assert_array_equal([*strong.get_data().values, *weak.get_data().values], wanted)
+        assert (strong.get_data().edges[0], weak.get_data().edges[0]) == (0.5, 20.5)
+        assert axes.lines[0].get_ydata() == [0.02, 0.02]
+        bottom, top = axes.get_ylim()
+        assert top > 2
+        assert strong.get_fill() == weak.get_fill() == (axes is bars)
+        assert strong.get_data().baseline == (0 if axes is bars else None)
+        assert bottom == 0 if axes is bars else 0 < bottom < 1e-5
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert titles == [f"{which} of the head, 23 groups (columns of W)" for which in ("linear layer 1", "last layer")]
+    words = [[text.get_text() for text in axes.get_legend().get_texts()][1] for axes in (steps, bars)]
+    assert words == ["not active: 3, of them 0: 1", "not active: 3, of them 0: 3"]
+
+
+def test_spectra_are_drawn_as_they_are_and_relative_to_the_largest(figures: list) -> None:
+    values = RNG.uniform(0.1, 1, 64)
+    values = -np.sort(-values)
+    small = {"eigenvalues": (values / 1000).tolist(), "rank": 64}
+    large = {"eigenvalues": (values * 7).tolist(), "rank": 64}
+    none = {"eigenvalues": [0.0] * 64, "rank": 0}
+    pictures.spectrum({"dense": {"r": large, "z": small}, "dead": {"z": none}}, source=SOURCE)
+    absolute, relative = figures[0].axes
+    lines = [line.get_ydata() for line in absolute.lines[:2]]
+    np.testing.assert_allclose(lines, np.log10([values * 7, values / 1000]))
+    *shown, dead, floor, _ = relative.lines  # the last is that of float64
+    np.testing.assert_allclose([line.get_ydata() for line in shown], [np.log10(values / values[0])] * 2, atol=1e-12)
+    np.testing.assert_allclose(dead.get_ydata(), np.log10(64 * np.finfo(np.float64).eps))
+    np.testing.assert_allclose(floor.get_ydata(), np.log10(64 * np.finfo(np.float32).eps))
+    effective = np.exp(scipy.stats.entropy(values))
+    said = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert said[:3] == [
+        f"dense, r: rank 64, eff. {effective:.1f} of 64",
+        f"dense, z: rank 64, eff. {effective:.1f} of 64",
+        "dead, z: rank 0, eff. 0.0 of 64",
+    ]
+    assert len(said) == 4
+
+
+def test_a_projection_fills_its_panel(figures: list) -> None:
+    """Of points twice as wide as high, at one scale on both axes."""
+    points = RNG.uniform([-4, -2], [4, 2], (500, 2))
+    pictures.projection({**projected(10), "points": points.tolist(), "labels": [0] * 500})
+    (axes,) = figures[0].axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert np.ptp(points, axis=0).prod() > 0.75 * (right - left) * (top - bottom)
+    box = axes.get_window_extent()
+    assert box.width / (right - left) == pytest.approx(box.height / (top - bottom), rel=1e-3)
+    assert axes.get_title(loc="left") == "representations of 500 pictures"
+
+
+def test_views_are_named(figures: list) -> None:
+    pictures.views(VIEWS)
+    words = [text.get_text() for text in figures[0].axes[0].texts]
+    assert words == [f"picture {i}" for i in range(1, 9)] + ["view 1", "view 2", "view 3"]
+    shown = [image.get_array() for image in figures[0].axes[0].images]
+    assert all(np.array_equal(one, other) for one, other in zip(shown, itertools.chain(*VIEWS), strict=True))
+
+
+def test_sources() -> None:
+    assert pictures.source("dense", 44, "val", 1360) == "dense, step 44, val, N = 1,360"
+    assert pictures.source("a\nb", 0, None) == "a\\nb, step 0"
+    assert pictures.source("backbone.pth", None, "train", 3) == "backbone.pth, train, N = 3"
 
 
 def test_histograms_are_shares_of_the_pairs(figures: list) -> None:
@@ -191,6 +277,14 @@ def test_histograms_are_shares_of_the_pairs(figures: list) -> None:
     assert positive.get_data().values.tolist() == [75.0, 25.0]
     np.testing.assert_allclose(positive.get_data().edges, [0.98, 0.99, 1.0])
     assert negative.get_data().values.tolist() == [50.0, 50.0]
+    words = {text.get_text() for text in figures[0].axes[0].get_legend().get_texts()}
+    assert words == {
+        "views of two pictures, N = 2 pairs",
+        "two views of a picture, N = 4 pairs",
+        "their mean: \N{MINUS SIGN}0.99",
+        "their mean: 0.98",
+    }
+    assert figures[0].axes[0].get_title(loc="left") == "embedding, bins of 0.01"
 
 
 def test_matplotlib_is_left_as_it_was() -> None:

@@ -199,7 +199,7 @@ def test_each_run_shows_what_it_did(runs: list[RunFolder]) -> None:
     facts = f"| s1<br>{what} | 92.50 | {NONE} | finished | 1 | 40 / 40 | 2 {TIMES} NVIDIA H100 on node1 | 0 min 30 s | 0.0167 |"
     assert facts in text.splitlines()
     assert "| linear_top1 | 92.00 | 92.50 | 92.25 ± 0.35 |" in text
-    assert "weights, seed 0: 92.0.pth; weights, seed 1: 92.5.pth" in text
+    assert "weights, s0: 92.0.pth; weights, s1: 92.5.pth" in text
     assert "| random_init | 85.28 |" in text
     assert "| knn5_top1 | 90.50 | \N{EN DASH} | 90.50 |" in text
     assert "| loss | 3.0000 |" in text
@@ -251,6 +251,71 @@ def test_the_figure_of_accuracies_shows_no_losses(make: Make, monkeypatch: pytes
         file.write('{"step": 40, "online_loss": 2.5, "online_top1": 40.0}\n')
     report._online(tables.groups([run]))
     assert drawn == ["online_knn5_top1", "online_top1"]
+
+
+def test_accuracies_while_training_are_named_as_what_they_are(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(
+        report, "_draw", lambda panels, *_: labels.extend(panel.label for panel, _ in panels) or (PNG, PNG)
+    )
+    run = make("run")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 40, "online_top1": 40.0, "online_top5": 80.0}\n')
+    captions = Page(f"<p>{report._online(tables.groups([run]))}</p>").words("figcaption")
+    assert labels == ["5-nn top-1, %", "online linear top-1, %", "online linear top-5, %"]
+    assert captions[0].startswith("Nearest neighbours on some held-out pictures")
+    assert "probe" not in captions[0]
+    assert captions[1].startswith("Online linear probe on augmented training batches")
+    assert "not a result" in captions[1]
+
+
+def test_a_figure_is_laid_out_once_and_marks_few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[list[str]] = []
+    png = pictures.png
+
+    def noting(figure: Any) -> bytes:
+        marks.append([line.get_marker() for axes in figure.axes for line in axes.lines])
+        return png(figure)
+
+    monkeypatch.setattr(pictures, "png", noting)
+    panels = [
+        (report.Panel("", f"panel {count}", "", ()), {"a": [(step, step / 3) for step in range(count)]})
+        for count in (1, 3, report.FEW, 40)
+    ]
+    seen = []
+    for image, palette in zip(report._draw(panels, ["a"], 2), (pictures.LIGHT, pictures.DARK), strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        seen.append((pixels != ImageColor.getrgb(palette.paper)).any(axis=2))
+    assert marks == [["o", "o", "None", "None"]] * 2
+    assert (seen[0] == seen[1]).mean() > 0.999  # every line at the same place on either paper
+    assert seen[0].mean() > 0.01
+
+
+def test_configs_of_one_title_are_told_apart_in_one_table_of_results(make: Make) -> None:
+    """Runs that differ in the learning rate, one of them with two seeds."""
+    rates = [("slow", 0.1, 0), ("fast", 0.5, 0), ("again", 0.5, 1)]
+    runs = [
+        make(
+            name,
+            "digits/simclr",
+            f"optim.learning_rate={rate}",
+            f"seed={seed}",
+            knn={"ranks": 2, "knn5_top1": 50 + rate},
+        )
+        for name, rate, seed in rates
+    ]
+    text = report.markdown(runs).partition("## Results")[2].partition("\n## ")[0]
+    head = "SimCLR on digits: "
+    assert f"|  | {head}slow | {head}fast | {head}again | {head}mean ± deviation |" in text
+    assert "| knn5_top1 | 50.10 | 50.50 | 50.50 | 50.50 ± 0.00 |" in text
+    assert "| ranks |" not in text
+    assert "\nranks: 2\n" in text
+    assert "|  | slow | fast | again |\n" in text  # of the last logged step
+    assert text.count("results/knn.json") == 1
+    pair = report.markdown(runs[:2]).partition("## Results")[2]
+    assert "|  | slow | fast |\n| --- | ---: | ---: |\n| knn5_top1 | 50.10 | 50.50 |" in pair
+    runs[0].write_result("knn", {"ranks": 1, "knn5_top1": 50.0})
+    assert "ranks, slow: 1; ranks, fast: 2" in report.markdown(runs[:2])
 
 
 def test_a_run_that_has_only_begun(make: Make) -> None:
@@ -347,7 +412,7 @@ def test_one_run_has_its_report_in_its_folder_and_several_where_one_says(
     assert report.write([one, other]) == [Path("report.html"), Path("report.md")]
     assert (tmp_path / "report.html").is_file()
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="cannot write the report to"):
+    with pytest.raises(BadInput, match="file.: Not a directory; name another folder by --output"):
         report.write([one], tmp_path / "file")
     with pytest.raises(BadInput, match="is no run folder"):
         report.write([one, RunFolder(tmp_path)])
@@ -534,7 +599,9 @@ def test_what_cannot_be_drawn_is_said(make: Make, broken: Any) -> None:
 
 def test_held_out_measures_have_a_panel_each(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[str]] = []
-    monkeypatch.setattr(report, "_draw", lambda panels, *_: drawn.append([panel.label for panel, _ in panels]) or PNG)
+    monkeypatch.setattr(
+        report, "_draw", lambda panels, *_: drawn.append([panel.label for panel, _ in panels]) or (PNG, PNG)
+    )
     run = make("run")
     assert report._held_out(tables.groups([run])) == ""
     spaces, names = ("embedding", "representation"), ("std", "rankme", "odd", "lidar")
@@ -543,6 +610,6 @@ def test_held_out_measures_have_a_panel_each(make: Make, monkeypatch: pytest.Mon
         file.write(json.dumps({"step": 40, **row}) + "\n")
     text = report._held_out(tables.groups([run]))
     assert (text.count("<picture>"), text.count("<details>")) == (2, 1)
-    first, _, folded, _ = drawn  # light and dark
+    first, folded = drawn
     assert first == ["representation rankme", "embedding rankme", "representation std", "embedding std"]
     assert folded == ["representation lidar", "embedding lidar"]

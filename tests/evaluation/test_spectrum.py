@@ -135,8 +135,9 @@ def test_two_ranks_and_one_measure_the_same(few_digits: Path, tmp_path: Path) ->
 
 
 def test_the_verb_writes_a_table_and_a_picture_of_each_run_and_of_all(
-    few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    few_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     one = run_of(tmp_path / "one", few_digits, "head.kind=identity", "head.sparse.weight=0")
     two = run_of(tmp_path / "deep" / "two", few_digits, dead=3)
     assert called("spectrum", two) == Status.DONE
@@ -167,11 +168,40 @@ def test_the_verb_writes_a_table_and_a_picture_of_each_run_and_of_all(
         ("one", "r"), ("one", "z"), ("two", "r"), ("two", "z"),
     ]  # fmt: skip
     assert (tmp_path / "figure" / "spectrum_train.png").is_file()
-    assert json.loads((one / "results" / "spectrum_train.json").read_text())["r"]["count"] == 160
+    both = json.loads((tmp_path / "figure" / "spectrum_train.json").read_text())
+    assert [both[name]["r"]["count"] for name in ("one", "two")] == [160, 160]
+    assert not (one / "results").exists()  # with --output nothing is written elsewhere
+    assert called("spectrum", one, two / "backbone.pth", "--split", "train") == Status.DONE
+    assert json.loads((one / "results" / "spectrum_train.json").read_text())["r"] == both["one"]["r"]
+    assert json.loads((two / "results" / "spectrum_train_backbone.json").read_text())["r"] == both["two"]["r"]
+    assert (tmp_path / "spectrum_train.png").is_file()
     assert called("spectrum", two / "backbone.pth") == Status.DONE
     bare = json.loads((two / "results" / "spectrum_backbone.json").read_text())
     assert bare["r"] == result["r"]
     assert "z" not in bare
+
+
+def test_output_takes_everything_and_data_names_other_pictures(few_digits: Path, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", few_digits)
+    before = sorted(run.rglob("*"))
+    other = tmp_path / "other"
+    (other / "test").mkdir(parents=True)
+    for number, path in enumerate(sorted((few_digits / "val").rglob("*.png"))[:20]):
+        shutil.copyfile(path, other / "test" / f"{number}.png")
+    out = tmp_path / "out"
+    assert called("spectrum", run, "--output", out) == Status.DONE
+    assert called("spectrum", run / "backbone.pth", "--output", tmp_path / "file") == Status.DONE
+    assert called("spectrum", run, "--data", other, "--split", "test", "--output", out) == Status.DONE
+    assert sorted(run.rglob("*")) == before
+    names = [f"spectrum{what}.{ending}" for what in ("", "_test@other") for ending in ("csv", "json", "png")]
+    assert sorted(path.name for path in (out / "results").iterdir()) == names
+    assert {path.name for path in (tmp_path / "file" / "results").iterdir()} == {
+        f"spectrum_backbone.{ending}" for ending in ("csv", "json", "png")
+    }
+    found = json.loads((out / "results" / "spectrum_test@other.json").read_text())
+    assert (found["r"]["count"], found["data_name"]) == (20, "other")
+    assert found["weights"] == str(run / "checkpoints" / "step_00000007.pt")
+    assert json.loads((out / "results" / "spectrum.json").read_text())["r"]["count"] == 60
 
 
 def test_what_cannot_be_measured_is_said(
@@ -194,6 +224,7 @@ def test_what_cannot_be_measured_is_said(
         (["run", "./run"], "'run' is given twice"),
         (["run", "--split", "../val"], "--split '../val' is no name of a folder"),
         (["run", "--split", "test"], "no folder"),
+        (["run", "--data", "run"], "--data 'run' has no folder val"),
         (["run", "data.rooot=x"], "unknown key `data.rooot`"),
         (["run", "epochs=3"], "'epochs=3' is neither a run folder nor a file of weights"),
     ):

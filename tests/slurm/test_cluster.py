@@ -41,7 +41,7 @@ def test_submitit_is_requeued_and_goes_on(cluster: Cluster, quiet: Path, few_dig
     cluster.until_step(run, 12)
     shown = cluster.tell("ssl-pipeline", "status", run)
     assert re.search(rf"Slurm job {job} RUNNING on node\[\d-\d\]", shown), shown
-    assert re.search(r"step 1\d of 30, epoch 1 of 20", shown), shown
+    assert re.search(r"step 1\d of 30, epoch 2 of 20", shown), shown
     cluster.tell("scontrol", "requeue", job)
     assert cluster.wait(job) == "COMPLETED"
     assert len(starts(run)) == 2
