@@ -734,7 +734,7 @@ def _draw(
                     marker = "o" if len(points) < FEW else None
                     (lines[name],) = axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, **look)
                 axes.set(title=panel.title, ylabel=panel.label, xlabel="step")
-                axes.xaxis.set_major_locator(MaxNLocator(10 // columns, steps=[1, 2, 5, 10], integer=True))
+                axes.xaxis.set_major_locator(MaxNLocator(12 // columns, steps=[1, 2, 5, 10], integer=True))
                 axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
             for axes in every[len(panels) :]:
                 axes.set_visible(False)
