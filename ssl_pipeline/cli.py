@@ -1082,11 +1082,16 @@ def leave(status: int) -> NoReturn:
     take the status that brings the job back into the queue. One that lost a rank or its storage too: a library might wait
     for the other ranks, which learn of it by this end.
     """
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (
+            AttributeError,
+            OSError,
+        ):  # none, or a file on a full disk: Python would try once more at its end, and make the status 120
+            setattr(sys, name, None)
     if status in (Status.STOPPED, Status.RANK_LOST, Status.STORAGE, Status.NON_FINITE):
         logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
         os._exit(status)
     sys.exit(status)
 

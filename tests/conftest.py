@@ -7,6 +7,7 @@ imagenet_sample.tar and the like; tests that use it add to the others and replac
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import shutil
 import subprocess
@@ -96,6 +97,15 @@ def _alone() -> Iterator[None]:
 def _seeded() -> None:
     distributed.start()  # again, where a test ran a verb to its end
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """A verb that ran in this process leaves a level, and a handler of a stream that pytest closes."""
+    yield
+    log = logging.getLogger("ssl_pipeline")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
 
 
 # ---------------------------------------------------------------------------------------------------- what was skipped

@@ -213,6 +213,7 @@ def test_weights_are_read_once_and_an_unknown_option_shows_its_verbs_usage(
         assert called(verb, small_run, *(["recipe.epochs=2"] if verb == "linear-probe" else [])) == Status.DONE
         assert sum("read as bare names" in line for line in caplog.messages) == 1, verb
         caplog.clear()
+    capsys.readouterr()
     for words in (["spectrum", small_run, "--piktures", "3"], ["status", small_run, "data.name=x"], ["launch"]):
         with pytest.raises(SystemExit):
             called(*words)

@@ -72,7 +72,9 @@ def test_forward_with_the_real_sizes(name: str, monkeypatch: pytest.MonkeyPatch)
     assert output.loss.shape == ()
     assert output.features.shape == (rows, method.backbone.num_features)
     assert output.embeddings.shape == (rows, options.head.output)
-    assert ("sparse_penalty" in output.logs) == (name.endswith(("_sparsehead", "_sparse")) or name == "smoke")
+    assert ("sparse_penalty" in output.logs) == (
+        name.endswith(("_sparsehead", "_sparse", "_sparser")) or name == "smoke"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED - {"smoke"}))

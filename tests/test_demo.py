@@ -30,7 +30,9 @@ def test_the_whole_way(few_digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert {"spectrum", "group_norms", "cosines", "projection", "neighbours"} == found["pictures"].keys()
     assert len(list((tmp_path / "run" / "results").glob("*.png"))) == 6
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 6  # loss, accuracy and what was analysed, light and dark
+    assert (
+        page.count("data:image/png;base64,") == 2 * 8
+    )  # loss, accuracy, two of measures, what was analysed; light and dark
     assert page.count("data:image/jpeg;base64,") == 2  # views and neighbours
     assert "://" not in page
     assert f"{summary['pretrained']['knn5']:.2f}" in page

@@ -34,7 +34,7 @@ def test_it_pretrains_from_files_and_shards_alike(flat: Path, tmp_path: Path, ca
     chosen = ("max_steps=3", "online.knn_every_epochs=1", "monitor.every_steps=1")
     caplog.set_level("INFO")
     assert pretrain.pretrain(options(flat, *chosen), tmp_path / "run") == Status.DONE
-    assert caplog.text.count("nothing is evaluated while training: the pictures in") == 1
+    assert caplog.text.count("no accuracy is measured while training: the pictures in") == 1
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert not [key for row in rows for key in row if key.startswith("online")]
     pack(flat, tmp_path / "out", shard_size=100_000, processes=1)
