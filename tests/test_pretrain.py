@@ -327,6 +327,7 @@ def test_bare_backbones_are_kept(few_digits: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, whole[name]) for name, value in last.items())
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch_stop_all(few_digits: Path, tmp_path: Path, command: Callable) -> None:
     done = command(
         "pretrain", "smoke", f"data.root={few_digits}", "data.batch_size=63", "--output", tmp_path / "r", ranks=2

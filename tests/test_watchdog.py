@@ -92,7 +92,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining
-@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fate", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_pretraining_that_lost_a_rank_ends_with_78_and_goes_on_at_the_same_command(
     few_digits: Path, tmp_path: Path, start: Callable[..., Job], fate: signal.Signals
 ) -> None:
@@ -144,7 +144,7 @@ def without_storage(data: str, run: str, rank: int) -> None:
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_stops_for_a_reason_of_its_own_is_not_lost_and_all_end_alike(
     few_digits: Path, tmp_path: Path, start: Callable[..., Job], rank: int
 ) -> None:
@@ -233,6 +233,7 @@ def test_a_rank_that_hangs_in_its_loader_is_behind_and_all_end(tmp_path: Path, s
     assert "in sleep_in_the_loader" in stacks[1]
 
 
+@pytest.mark.slow
 def test_a_ranks_own_error_keeps_its_traceback_and_the_others_name_it(
     tmp_path: Path, start: Callable[..., Job]
 ) -> None:
