@@ -4,7 +4,7 @@
     python benchmarks/figures.py --data data/cifar10
 
 A run is one pretraining by configs/cifar10/figure*.yaml and one `spectrum`, by the same verbs as by hand. Runs that are
-done are not done again, and one that was stopped goes on. Six runs of two to three minutes on two quiet cores.
+done are not done again, and one that was stopped goes on. Six runs of one and a half to six minutes on two cores.
 """
 
 from __future__ import annotations

@@ -72,5 +72,5 @@ def printable(text: str) -> str:
 
     Names of files, and what lies in files of others, may hold anything.
     """
-    controls = "[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069]"
+    controls = "[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
     return re.sub(controls, lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -165,7 +165,7 @@ class Online(nn.Module):
         if not _finite(both.values) or not self.world.is_main:
             return {}
         width = backbones.width(backbone)
-        z = both.values.to(self.world.device)
+        z = both.values if self.world.device.type == "mps" else both.values.to(self.world.device)  # has no float64
         found = measures.measure(z[:, :width], z[:, width:])
         log.info("measured %d held-out pictures in %.1f s", len(z), time.monotonic() - start)
         return {f"heldout_{name}": value for name, value in found.items()}

@@ -516,15 +516,16 @@ def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palet
             lowest = False
             for place, name, layer, values, rank in curves:
                 shown = values / values[0] if relative and values[0] > 0 else values
+                rounding = values <= values[0] * len(values) * double  # of the curve's own largest
                 step = max(len(values) // 8, 1)
                 axes.plot(
-                    np.arange(1, len(values) + 1), np.log10(np.maximum(shown, floor)),
+                    np.arange(1, len(values) + 1), np.log10(np.where(rounding, floor, shown)),
                     color=palette.lines[place % len(palette.lines)], linestyle="-" if layer == "r" else "--",
                     marker=MARKERS[place % len(MARKERS)], markersize=4,
                     markevery=((place * step // max(len(runs), 1)) % step, step),
                     label=f"{_short(name, 40)}, {layer}: rank {rank}, eff. {_effective_rank(values):.1f} of {len(values)}",
                 )  # fmt: skip
-                lowest |= bool((shown <= floor).any())
+                lowest |= bool(rounding.any())
             if relative:
                 for place, width in enumerate(widths):
                     least = np.log10(width * single)

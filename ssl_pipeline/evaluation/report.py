@@ -32,7 +32,7 @@ from ssl_pipeline.evaluation import pictures, tables
 from ssl_pipeline.evaluation.compare import differing, environment, shown
 from ssl_pipeline.evaluation.pictures import DARK, LIGHT
 from ssl_pipeline.evaluation.tables import Entry, Group, label
-from ssl_pipeline.exits import BadInput, Status
+from ssl_pipeline.exits import BadInput, Status, printable
 from ssl_pipeline.run_folder import RunFolder, duration, refused, require_writable
 
 log = logging.getLogger("ssl_pipeline")
@@ -154,7 +154,7 @@ def write(
         for name, text in texts.items():
             partial = folder / f".{name}.partial"
             partial.unlink(missing_ok=True)
-            with partial.open("x", encoding="utf-8") as file:  # never through a link that another one put there
+            with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:  # never through another's link
                 file.write(text)
             os.replace(partial, folder / name)
     except OSError as error:
@@ -733,14 +733,17 @@ def _draw(
                     look = looks[names.index(name) % len(looks)]
                     marker = "o" if len(points) < FEW else None
                     (lines[name],) = axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, **look)
-                axes.set(title=panel.title, ylabel=panel.label, xlabel="step")
+                axes.set(title=printable(panel.title), ylabel=printable(panel.label), xlabel="step")
                 axes.xaxis.set_major_locator(MaxNLocator(12 // columns, steps=[1, 2, 5, 10], integer=True))
                 axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
             for axes in every[len(panels) :]:
                 axes.set_visible(False)
             if len(shown) > 1:  # a name that begins with _ would be left out
                 figure.legend(
-                    [lines[name] for name in shown], [f" {name}" for name in shown], loc="outside lower left", ncols=3
+                    [lines[name] for name in shown],
+                    [f" {printable(name)}" for name in shown],
+                    loc="outside lower left",
+                    ncols=3,
                 )
             if places is not None:  # laying out takes most of the time
                 figure.set_layout_engine("none")
@@ -941,7 +944,7 @@ def _stored(found: Sequence[Group], file: Callable[[RunFolder], Path], intro: st
         if path.is_file():
             try:
                 image = f'<img src="{_photo(path.read_bytes())}" alt="{_escaped(f"{intro}, run {name}")}">'
-            except (OSError, ValueError, Image.DecompressionBombError):
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's, of damaged files
                 image, name = "", f"{name}: {path.name} is no picture"
             figures.append(f"<figure>{image}<figcaption>{_escaped(name)}</figcaption></figure>")
     return f'<p>{intro}</p><div class="{kind}">{"".join(figures)}</div>' if figures else ""
@@ -1053,7 +1056,7 @@ PARTS = (
 
 def _colours() -> str:
     light, dark = (
-        "".join(f"--{name}: {value}; " for name, value in asdict(palette).items() if name != "lines")
+        "".join(f"--{name}: {value}; " for name, value in asdict(palette).items() if isinstance(value, str))
         for palette in (LIGHT, DARK)
     )
     return f":root {{ color-scheme: light dark; {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"

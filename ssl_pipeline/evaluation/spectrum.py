@@ -145,7 +145,9 @@ def write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # never through a link that another one put there
+            file.write(data)
         os.replace(partial, path)
     except OSError as error:
         raise refused(path, error) from None

@@ -242,6 +242,15 @@ def test_spectra_are_drawn_as_they_are_and_relative_to_the_largest(figures: list
     assert len(said) == 4
 
 
+def test_rounding_of_a_large_spectrum_is_none_of_a_small_one(figures: list) -> None:
+    """On the left, too: 1e-13 of 1,000 is nothing and 1e-13 of 1 is something."""
+    large, small = ({"eigenvalues": [top, 1e-13], "rank": 1} for top in (1000.0, 1.0))
+    pictures.spectrum({"large": {"r": large}, "small": {"r": small}})
+    for axes, second in zip(figures[0].axes, (-13, -13), strict=True):
+        lowest = np.log10(2 * np.finfo(np.float64).eps)
+        np.testing.assert_allclose([line.get_ydata()[1] for line in axes.lines[:2]], [lowest, second])
+
+
 def test_a_projection_fills_its_panel(figures: list) -> None:
     """Of points twice as wide as high, at one scale on both axes."""
     points = RNG.uniform([-4, -2], [4, 2], (500, 2))

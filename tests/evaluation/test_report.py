@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from PIL import Image, ImageColor
 
 from ssl_pipeline import __version__, config
 from ssl_pipeline.evaluation import pictures, report, tables
-from ssl_pipeline.exits import BadInput
+from ssl_pipeline.exits import BadInput, printable
 from ssl_pipeline.pretrain import completed
 from ssl_pipeline.run_folder import RunFolder
 
@@ -595,6 +596,31 @@ def test_what_cannot_be_drawn_is_said(make: Make, broken: Any) -> None:
     captions = page.words("figcaption")
     assert sum("cannot be drawn" in caption for caption in captions) >= 3
     assert "run: views.png is no picture" in captions
+
+
+def test_a_png_with_garbage_after_its_data_is_no_picture(make: Make) -> None:
+    """Of which Pillow raises a SyntaxError."""
+    run = make("run")
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 60), 90).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    place = whole.index(b"IDAT")
+    data = whole[place : place + 500]
+    chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+    run.views.write_bytes(whole[: place - 4] + chunk + bytes(range(32)))
+    assert "run: views.png is no picture" in Page(report.page([run])).words("figcaption")
+
+
+def test_names_and_values_that_are_no_unicode_are_shown_as_escapes(make: Make, tmp_path: Path) -> None:
+    """A folder's name in bytes that are no UTF-8, and half a surrogate pair in a result's JSON."""
+    run = make(b"of\xff".decode(errors="surrogateescape"), knn={"knn5_top1": 50.0, "note": "half \ud800"})
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": 40, "heldout_\ud800": 1.0}) + "\n")
+    for path in report.write([run, make("other")], tmp_path / "out"):  # two, so that the curves have a legend
+        text = path.read_text(encoding="utf-8").replace("\\\\", "\\")
+        assert r"of\udcff" in text
+        assert r"half \ud800" in text
+    assert printable("of\udcff") == r"of\udcff"
 
 
 def test_held_out_measures_have_a_panel_each(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

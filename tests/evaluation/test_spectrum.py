@@ -235,6 +235,15 @@ def test_what_cannot_be_measured_is_said(
     assert not list(tmp_path.rglob("spectrum*"))
 
 
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".spectrum.csv.partial").symlink_to(tmp_path / "mine")
+    spectrum.write_file(tmp_path / "spectrum.csv", b"ours")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "spectrum.csv").read_bytes() == b"ours"
+    assert not (tmp_path / "spectrum.csv").is_symlink()
+
+
 def test_a_picture_of_zeros_and_of_names_that_are_code(tmp_path: Path) -> None:
     """Constant features, rank-deficient ones, one picture: a logarithm of 0 fails nowhere, and no warning is made."""
     zeros = {"eigenvalues": [0.0] * 4, "rank": 0}
