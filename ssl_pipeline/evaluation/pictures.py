@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from ssl_pipeline.evaluation import measures
 from ssl_pipeline.exits import BadInput, printable
 
 
@@ -518,12 +520,13 @@ def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palet
                 shown = values / values[0] if relative and values[0] > 0 else values
                 rounding = values <= values[0] * len(values) * double  # of the curve's own largest
                 step = max(len(values) // 8, 1)
+                effective = measures.effective_rank(torch.from_numpy(values))
                 axes.plot(
                     np.arange(1, len(values) + 1), np.log10(np.where(rounding, floor, shown)),
                     color=palette.lines[place % len(palette.lines)], linestyle="-" if layer == "r" else "--",
                     marker=MARKERS[place % len(MARKERS)], markersize=4,
                     markevery=((place * step // max(len(runs), 1)) % step, step),
-                    label=f"{_short(name, 40)}, {layer}: rank {rank}, eff. {_effective_rank(values):.1f} of {len(values)}",
+                    label=f"{_short(name, 40)}, {layer}: rank {rank}, eff. {effective:.1f} of {len(values)}",
                 )  # fmt: skip
                 lowest |= bool(rounding.any())
             if relative:
@@ -545,9 +548,3 @@ def spectrum(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], palette: Palet
         made.legend(*axes.get_legend_handles_labels(), loc="outside upper left")
         _say_source(made, source, palette)
         return png(made)
-
-
-def _effective_rank(values: np.ndarray) -> float:
-    """exp(-sum p log p), p = values / their sum, as `measures.effective_rank`; 0 where all are 0."""
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
