@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 METHOD ?= simclr
 DEMO := runs/demo$(if $(filter-out simclr,$(METHOD)),_$(METHOD))
-export METHOD DEMO  # so that what they hold is a word for the shell and no part of its line
+GPU_CHECK ?=  # options of benchmarks/gpu.py
+export METHOD DEMO GPU_CHECK  # so that what they hold are words for the shell and no part of its line
 
-.PHONY: setup demo test test-slow test-slurm test-slurm-all chaos slurm-packages check format clean
+.PHONY: setup demo test test-slow test-slurm test-slurm-all bench chaos gpu-check slurm-packages check format clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.installed
@@ -23,7 +24,7 @@ demo: setup  ## the main job in minutes: digits -> views -> METHOD + SparseHead 
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: setup  ## the fast tests
-	$(PARALLEL) -m "not slow and not slurm and not slurm_all"
+	$(PARALLEL) -m "not slow and not slurm and not slurm_all and not gpu"
 
 test-slow: setup  ## the others
 	$(PARALLEL) -m slow
@@ -34,8 +35,14 @@ test-slurm: setup  ## on a real Slurm cluster that is started on this machine; n
 test-slurm-all: setup  ## the rest of what can happen to a job there, 25 minutes
 	$(BIN)/python -m pytest -m slurm_all tests/slurm
 
+bench: setup  ## every benchmark beside its bound, on the CPU, a quarter of an hour; docs/performance.md
+	$(BIN)/python benchmarks/bench.py
+
 chaos: setup  ## kills a pretraining of two ranks 50 times, a quarter of an hour
 	$(BIN)/python benchmarks/chaos.py --kills 50 --output benchmarks/results/chaos.md
+
+gpu-check:  ## where there is a GPU, in 9 minutes: tests/gpu and benchmarks/gpu.py, by $(PYTHON) as it is, without .venv
+	$(PYTHON) benchmarks/gpu.py $$GPU_CHECK
 
 slurm-packages:  ## what the cluster of the tests needs, on Debian
 	apt-get update -qq

@@ -13,13 +13,12 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from measure import clock, peak_bytes
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.pretrain import PretrainConfig, _forward_backward, build_method
@@ -36,31 +35,18 @@ def measure(way: str, accumulate: int, rows: int, size: int) -> dict[str, float]
     method.per_sample = way == "BYOL, a loss a micro-batch"
     views = [torch.randn(rows, 3, size, size, device=device) for _ in range(2)]
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    before = resident(device)
     seconds = 0.0
-    for _ in range(2):
-        for p in method.parameters():
-            p.grad = None
-        start = clock(device)
-        _forward_backward(method, method, views, accumulate, None, scaler)
-        seconds = clock(device) - start
-    return {"megabytes": (resident(device, peak=True) - before) / 1e6, "seconds": seconds}
 
+    def steps() -> None:
+        nonlocal seconds
+        for _ in range(2):
+            for p in method.parameters():
+                p.grad = None
+            start = clock()
+            _forward_backward(method, method, views, accumulate, None, scaler)
+            seconds = clock() - start
 
-def resident(device: torch.device, peak: bool = False) -> float:
-    """Bytes held, or the most that were."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.monotonic()
-    return time.process_time()
+    return {"megabytes": peak_bytes(steps) / 1e6, "seconds": seconds}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_table import machine
+from measure import machine
 
 from ssl_pipeline import checkpoint
 from ssl_pipeline.data.prepare import prepare

@@ -1,46 +1,35 @@
-"""What a grid of heads and the online probe cost, each beside the same step without it, interleaved; medians.
+"""What measuring costs beside what is measured: the online probe's share of a training step and, by name, what takes longer.
 
-python benchmarks/evaluation.py                        # four minutes on two cores
-python benchmarks/evaluation.py --data data/cifar10    # what measures of held-out pictures cost while training
+    python benchmarks/evaluation.py            # the online probe
+    python benchmarks/evaluation.py grid       # a grid of heads over ResNet-50 beside one head, four minutes on two cores
+    python benchmarks/evaluation.py held_out   # measures of held-out pictures beside an epoch, on data/cifar10
+
+Each is taken beside the same step without it, interleaved.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import measure
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
+from measure import Row
 
-from ssl_pipeline import __version__, config, distributed
 from ssl_pipeline import backbone as backbones
+from ssl_pipeline import config, distributed
 from ssl_pipeline.data.index import Index, read_index
 from ssl_pipeline.evaluation import online, probe, supervised
 from ssl_pipeline.pretrain import PretrainConfig, build_method
 
-
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each action in each round, the first round not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+ROUNDS = 3
 
 
-def grid(batch: int, rounds: int) -> None:
-    """A step of the linear probe over ResNet-50 at 224 px, 1000 classes: 1 head, 20 heads, 20 heads fused."""
+def grid() -> list[Row]:
+    """A step of the linear probe over ResNet-50 at 224 px, 1000 classes: 20 heads, and 20 heads fused, beside one."""
+    batch = 64
     world = distributed.start()
     values = config.load("_evaluation/linear_probe/barlow_twins").values
     recipe = config.validate(probe.Recipe, values)
@@ -62,15 +51,16 @@ def grid(batch: int, rounds: int) -> None:
         return run
 
     actions = {"1 head": step(1, False), "20 heads": step(20, False), "20 heads, fused": step(20, True)}
-    seconds = interleaved(actions, rounds, world.device)
-    base = seconds["1 head"]
-    for name, found in seconds.items():
-        ratios = [a / b for a, b in zip(found, base, strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"| {name} | {statistics.median(found):.2f} s | {statistics.median(ratios):.2f} | {spread} |")
+    seconds = measure.interleaved(actions, ROUNDS)
+    what = "linear probe, ResNet-50 at 224 px, batch 64"
+    return [
+        measure.ratio(f"{what}, {name}", found, seconds["1 head"], "1 head", 1.3, "s")
+        for name, found in seconds.items()
+        if name != "1 head"
+    ]
 
 
-def probe_online(name: str, batch: int, size: int, classes: int, rounds: int) -> None:
+def probe_online(name: str, batch: int, size: int, classes: int) -> Row:
     """The online probe's share of a training step (forward, backward, of two views of a picture)."""
     world = distributed.start()
     options = config.validate(PretrainConfig, config.load(name).values)
@@ -91,21 +81,17 @@ def probe_online(name: str, batch: int, size: int, classes: int, rounds: int) ->
             method(views).loss.backward()
         method.zero_grad()
 
-    seconds = interleaved(
-        {"step": step, "online": lambda: measured.step(features, labels, finite)}, rounds, world.device
-    )
-    shares = [100 * a / b for a, b in zip(seconds["online"], seconds["step"], strict=True)]
-    whole, own = statistics.median(seconds["step"]), statistics.median(seconds["online"])
-    print(
-        f"| {name}, batch {batch} of {size} px, {classes} classes | {whole:.2f} s | {1000 * own:.1f} ms | "
-        f"{statistics.median(shares):.2f} % | {min(shares):.2f} to {max(shares):.2f} % |"
-    )
+    actions = {"step": step, "online": lambda: measured.step(features, labels, finite)}
+    seconds = measure.interleaved(actions, ROUNDS)
+    what = f"online probe, {name}, batch {batch} of {size} px, {classes} classes"
+    return measure.ratio(what, seconds["online"], seconds["step"], "a step without optimizer", 0.02)
 
 
-def held_out(name: str, data: Path, rounds: int) -> None:
+def held_out() -> list[Row]:
     """The share of an epoch that the measures of held-out pictures take: reading, forward passes and measures, against
     steps of as many pictures as the training set has (forward, backward; neither reading nor the optimizer).
     """
+    name, data = "cifar10/simclr", Path("data/cifar10")
     world = distributed.start()
     chosen = [f"data.root={data}", "online.linear=false", "online.measures_every_epochs=1"]
     options = config.validate(PretrainConfig, config.load(name, chosen).values)
@@ -125,39 +111,15 @@ def held_out(name: str, data: Path, rounds: int) -> None:
         method.zero_grad()
 
     look = {"step": quarter, "look": lambda: measured.look(1, method.evaluated_backbone(), method.head)}
-    seconds = interleaved(look, rounds, world.device)
+    seconds = measure.interleaved(look, ROUNDS)
     epochs = [4 * step * (len(index) // batch) for step in seconds["step"]]
-    shares = [100 * a / b for a, b in zip(seconds["look"], epochs, strict=True)]
-    print(
-        f"| {name}, {len(index)} pictures, {options.online.measures_pictures} held out | {statistics.median(epochs):.0f} s | "
-        f"{statistics.median(seconds['look']):.1f} s | {statistics.median(shares):.2f} % | "
-        f"{min(shares):.2f} to {max(shares):.2f} % |"
-    )
+    what = f"measures of {options.online.measures_pictures} held-out pictures, {name}, {len(index)} pictures"
+    return [measure.ratio(what, seconds["look"], epochs, "an epoch", 0.02, "s")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=64, help="of the grid")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as prepare-data lays it out: held-out measures alone")
-    args = parser.parse_args()
-    device = distributed.start().device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
-    print(
-        f"{where}, {platform.machine()}; torch {torch.__version__}, timm {timm.__version__}, ssl_pipeline {__version__}\n"
-    )
-    if args.data:
-        print("| pretraining | an epoch | held-out measures | their share | spread |\n|---|---|---|---|---|")
-        held_out("cifar10/simclr", args.data, args.rounds)
-        return
-    print(
-        f"| linear probe, ResNet-50 at 224 px, batch {args.batch} | step | ratio to 1 head | spread |\n|---|---|---|---|"
-    )
-    grid(args.batch, args.rounds)
-    print("\n| pretraining | step without optimizer | online probe | its share | spread |\n|---|---|---|---|---|")
-    probe_online("cifar10/simclr", 256, 32, 10, args.rounds)
-    probe_online("imagenet/simclr", 16, 224, 1000, args.rounds)
+def rows() -> list[Row]:
+    return [probe_online("cifar10/simclr", 32, 32, 10), probe_online("imagenet/simclr", 8, 224, 1000)]
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, rows, grid=grid, held_out=held_out)

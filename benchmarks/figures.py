@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_table import Row, commit, digest, machine, seconds, tenth, verb
+from measure import machine
+from small_table import Row, commit, digest, seconds, tenth, verb
 
 from ssl_pipeline import config
 from ssl_pipeline.evaluation import measures

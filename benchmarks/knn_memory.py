@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from measure import machine
 
-from ssl_pipeline import __version__, distributed
+from ssl_pipeline import distributed
 from ssl_pipeline.evaluation import knn
 from ssl_pipeline.evaluation.features import Features
 
@@ -47,18 +46,6 @@ def make(rows: int, columns: int, where: str, seed: int) -> Features:
 def peak() -> float:
     """The greatest resident memory of this process until now, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
-
-
-def machine() -> str:
-    """Hardware and versions."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return (
-        f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}, {memory:.1f} GB of memory, "
-        f"device {distributed.start().device}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"ssl_pipeline {__version__}, {platform.platform()}"
-    )
 
 
 def main() -> None:
@@ -91,7 +78,8 @@ def main() -> None:
     )
     if world.is_main:
         print({key: round(value, 2) for key, value in result.items()})
-        print(machine())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        print(f"{memory:.1f} GB of memory, {machine()}")
     distributed.stop()
 
 

@@ -1,29 +1,30 @@
 """What two augmented 224 px views of a photograph cost, ours beside the peers': CPU time of the whole process tree.
 
-    python benchmarks/loader.py FOLDER --output benchmarks/results/loader.md
-
-FOLDER holds photographs at any depth. All contenders make the same batches of the same pictures in one process, in turn,
-round after round; a contender's workers stand still while another's turn is. Wall time is not measured: on a shared
-machine it is noise. Contenders that are not installed are left out with a word.
+The photographs are 200 of ImageNet's where the folder that SSL_PIPELINE_TEST_DATA names has imagenet_sample.tar; else
+they are made here, of as many pixels and bytes. All contenders make the same batches of the same pictures in one process,
+in turn, round after round; a contender's workers stand still while another's turn is. Wall time is not measured: on a
+shared machine it is noise. lightly and solo-learn take part where they are installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
+import io
 import os
-import platform
 import random
-import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
+from measure import Row
 from PIL import Image, ImageFilter, ImageOps
-from scipy import stats
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -36,7 +37,8 @@ from ssl_pipeline.pretrain import PretrainConfig
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIL_ROW = "torchvision on PIL, facebookresearch/barlowtwins main.py"
+ROUNDS, BATCHES = 5, 3
+"""Batches of a contender in each round."""
 
 
 # -------------------------------------------------------------------------------------------------------- the contenders
@@ -147,24 +149,23 @@ def dali_decode(index: Index, threads: int) -> Iterator[Any]:
         yield pipeline.run()
 
 
-def contenders(folder: Path, count: int) -> Iterator[tuple[str, Iterator[Any]]]:
+def contenders(folder: Path) -> dict[str, Iterator[Any]]:
+    """Endless batches of the photographs in `folder`, by name; ours and the official pipeline by one worker each."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if len(paths) < BATCH:
-        sys.exit(f"{str(folder)!r} holds {len(paths)} pictures; {BATCH} are needed")
     names = tuple(str(path.relative_to(folder)) for path in paths)
     index = Index(folder, names, np.zeros(len(names), dtype=np.int64), ("all",))
-    size = sum(path.stat().st_size for path in paths) / len(paths) / 1024
-    print(f"{len(paths)} pictures, {size:.0f} KB on average", file=sys.stderr)
-    yield PIL_ROW, workers(paths, BarlowTwins(), count)
-    yield "ours: imagenet/barlow_twins", ours(index, count)
-    yield "ours, data.exact=true", ours(index, count, exact=True)
-    yield "decode alone, by DALI: the limit", dali_decode(index, count)
+    found = {
+        "pil": workers(paths, BarlowTwins(), 1),
+        "ours": ours(index, 1),
+        "exact": ours(index, 1, exact=True),
+        "decode": dali_decode(index, 1),
+    }
     try:
         from lightly.transforms import BYOLTransform
 
-        yield "lightly, BYOLTransform", workers(paths, BYOLTransform(), count)
+        found[f"lightly {importlib.metadata.version('lightly')}, BYOLTransform"] = workers(paths, BYOLTransform(), 1)
     except ImportError:
-        print("lightly is not installed: left out", file=sys.stderr)
+        pass
     try:
         from omegaconf import OmegaConf
         from solo.data.pretrain_dataloader import FullTransformPipeline, NCropAugmentation, build_transform_pipeline
@@ -176,9 +177,49 @@ def contenders(folder: Path, count: int) -> Iterator[tuple[str, Iterator[Any]]]:
                 "grayscale": {"prob": 0.2}, "gaussian_blur": {"prob": blur}, "solarization": {"prob": solarize},
                 "equalization": {"prob": 0.0}, "horizontal_flip": {"prob": 0.5}, "crop_size": 224})), 1)  # fmt: skip
 
-        yield "solo-learn, torchvision", workers(paths, FullTransformPipeline([of(1.0, 0.0), of(0.1, 0.2)]), count)
+        found["solo-learn, torchvision"] = workers(paths, FullTransformPipeline([of(1.0, 0.0), of(0.1, 0.2)]), 1)
     except ImportError:
-        print("solo-learn is not installed: left out", file=sys.stderr)
+        pass
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the photographs
+def photographs(folder: Path) -> str:
+    """Put 200 photographs into `folder`; what they are, in words."""
+    given = Path(os.environ.get("SSL_PIPELINE_TEST_DATA", "")) / "imagenet_sample.tar"
+    if given.is_file():
+        with tarfile.open(given) as archive:
+            for member in archive.getmembers():
+                source = archive.extractfile(member)
+                if source is not None and Path(member.name).suffix.lower() in EXTENSIONS:
+                    (folder / Path(member.name).name).write_bytes(source.read())
+        kind = "photographs of ImageNet"
+    else:
+        for number in range(200):
+            (folder / f"{number:03d}.jpg").write_bytes(like_a_photograph(number))
+        kind = "synthetic photographs"
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    return f"{len(sizes)} {kind}, {sum(sizes) / len(sizes) / 1e3:.0f} KB on average"
+
+
+def like_a_photograph(seed: int, width: int = 500, height: int = 400, size: int = 110_000) -> bytes:
+    """A JPEG of about `size` bytes, 4:2:0, whose amplitudes fall as 1 / frequency, as those of natural pictures do
+    (Field 1987, J. Opt. Soc. Am. A 4, 2379), its colours less than its brightness."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij"))
+    frequency[0, 0] = 1.0
+    planes = [
+        np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width)) for _ in range(3)
+    ]
+    light, *colors = (plane / plane.std() for plane in planes)
+    picture = np.stack([128 + 50 * light, *(128 + 15 * color for color in colors)], axis=-1)
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8), mode="YCbCr")
+    for quality in range(98, 50, -4):
+        encoded = io.BytesIO()
+        image.save(encoded, "jpeg", quality=quality)
+        if encoded.tell() <= size:
+            break
+    return encoded.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------- the measure
@@ -193,71 +234,36 @@ def settled() -> float:
         before = now
 
 
-def measure(sources: dict[str, Iterator[Any]], rounds: int, batches: int) -> dict[str, list[float]]:
-    """CPU ms an image of each contender, a value a round. What was made ahead before a turn is made again in it."""
+def seconds_an_image(sources: dict[str, Iterator[Any]]) -> dict[str, list[float]]:
+    """CPU seconds of each contender, a value a round. What was made ahead before a turn is made again in it."""
     found: dict[str, list[float]] = {name: [] for name in sources}
-    for number in range(rounds + 1):
+    for number in range(ROUNDS + 1):
         for name, source in sources.items():
             start = settled()
-            for _ in range(batches):
+            for _ in range(BATCHES):
                 next(source)
-            cost = 1000 * (settled() - start) / (batches * BATCH)
+            cost = (settled() - start) / (BATCHES * BATCH)
             if number:  # the first round starts workers and fills caches
                 found[name].append(cost)
-        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     return found
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and 95 % interval by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.2f} +- {half:.2f}"
-
-
-def table(found: dict[str, list[float]], pictures: str, count: int, batches: int) -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())  # fmt: skip
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(package)}"
-        for name, package in (
-            ("torch", "torch"),
-            ("torchvision", "torchvision"),
-            ("Pillow", "pillow"),
-            ("lightly", "lightly"),
-        )
-        if package != "lightly" or any(row.startswith("lightly") for row in found)
-    )
-    dali = next(d for d in importlib.metadata.distributions() if d.metadata["Name"].startswith("nvidia-dali-cuda"))
-    pil = np.array(found[PIL_ROW])
-    lines = [
-        "| two 224 px views, the full Barlow Twins augmentation | CPU ms an image | share of the PIL pipeline's |",
-        "|---|---|---|",
-        *(f"| {name} | {interval(np.array(v))} | {interval(np.array(v) / pil)} |" for name, v in found.items()),
-        "",
-        f"User and system time of the process tree; mean and 95 % interval over {len(pil)} interleaved rounds of {batches} "
-        f"batches of {BATCH}; {pictures}; {count} worker{'s' if count > 1 else ''} or DALI threads; {model}, "
-        f"{len(os.sched_getaffinity(0))} core(s); {versions}, DALI {dali.version}, Python {platform.python_version()}.",
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--batches", type=int, default=4, help="of a contender in a round")
-    parser.add_argument("--workers", type=int, default=1, help="processes of torchvision's, threads of DALI's")
-    parser.add_argument("--output", type=Path, help="file in which the table replaces the one between its two marks")
-    args = parser.parse_args()
-    sources = dict(contenders(args.folder, args.workers))
-    count = sum(path.suffix.lower() in EXTENSIONS for path in args.folder.rglob("*"))
-    text = table(measure(sources, args.rounds, args.batches), f"{count} photographs", args.workers, args.batches)
-    print(text)
-    if args.output:
-        old = args.output.read_text() if args.output.is_file() else "<!-- table -->\n<!-- end -->\n"
-        before, _, rest = old.partition("<!-- table -->")
-        args.output.write_text(f"{before}<!-- table -->\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+def rows() -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="loader-") as name:
+        pictures = photographs(Path(name))
+        found = seconds_an_image(contenders(Path(name)))
+    pil, official = found.pop("pil"), "barlowtwins main.py, on PIL"
+    told = {
+        "ours": ("two views of a photograph, imagenet/barlow_twins", 0.6),
+        "exact": ("the same with data.exact=true", None),
+        "decode": ("its decoding alone by DALI, the limit", None),
+    }
+    result = []
+    for name, values in found.items():
+        what, bound = told.get(name, (name, None))
+        result.append(measure.ratio(what, values, pil, official, bound))
+    return [replace(row, detail=f"{row.detail} an image; {pictures}") for row in result]
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(__doc__, rows)

@@ -2,11 +2,13 @@
 
 A benchmark is a file with a function `rows() -> list[Row]` and, at its end, `measure.main(__doc__, rows)`. So it prints
 its table when run alone, and `python benchmarks/bench.py` (`make bench`) runs all of them, each in a process of its own.
+Measurements of the same kind that take too long for that are further functions, run by their names.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -92,6 +94,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def machine() -> str:
     """Hardware and versions, as a sentence."""
+    found = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    found["DALI"] = found.get("nvidia-dali-cuda130") or found.get("nvidia-dali-cuda120") or ""
+    versions = "".join(f", {name} {found[name]}" for name in ("torchvision", "timm", "DALI") if found.get(name))
     cores = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -100,7 +105,7 @@ def machine() -> str:
         device = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
     return (
         f"{device}, {cores} core{'s' if cores > 1 else ''}, {torch.get_num_threads()} threads of torch; "
-        f"torch {torch.__version__}, Python {platform.python_version()}, ssl_pipeline {__version__}."
+        f"torch {torch.__version__}{versions}, Python {platform.python_version()}, ssl_pipeline {__version__}."
     )
 
 
@@ -128,12 +133,17 @@ def peak_bytes(action: Callable[[], object]) -> int:
     return peak - before
 
 
-def main(doc: str | None, rows: Callable[[], list[Row]]) -> None:
-    """The command line of a benchmark: prints its table; with `--json FILE` also writes its rows there."""
+def main(doc: str | None, rows: Callable[[], list[Row]], **longer: Callable[[], list[Row]]) -> None:
+    """The command line of a benchmark: prints its table; with `--json FILE` also writes its rows there.
+
+    `longer` are what `make bench` has no time for, by the names that choose them in the place of `rows`.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if longer:
+        parser.add_argument("which", nargs="?", choices=longer, help="what to measure in the place of the quick rows")
     parser.add_argument("--json", type=Path, help="file for the rows")
     arguments = parser.parse_args()
-    found = rows()
+    found = longer.get(getattr(arguments, "which", None) or "", rows)()
     print(table(found), machine(), sep="\n\n")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1))

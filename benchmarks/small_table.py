@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,10 +22,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torchvision
+from measure import machine
 
-from ssl_pipeline import __version__, config
+from ssl_pipeline import config
 from ssl_pipeline.data.index import image_folder
 from ssl_pipeline.pretrain import PretrainConfig
 from ssl_pipeline.run_folder import RunFolder, read_lines
@@ -145,17 +143,6 @@ def seconds(logged: list[dict[str, Any]], batch: int) -> int:
     # The row before the clock first ran has no rate.
     return round(
         sum(n * batch / r["images_per_second"] for n, r in zip(steps, logged, strict=True) if r["images_per_second"])
-    )
-
-
-def machine() -> str:
-    """Where it ran."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cores = len(os.sched_getaffinity(0))
-    processor = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
-    return (
-        f"{cores} core{'s' if cores > 1 else ''} of {processor}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, ssl_pipeline {__version__}."
     )
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_table import SHORT, Row, digest, machine, measure, tenth
+from measure import machine
+from small_table import SHORT, Row, digest, measure, tenth
 
 from ssl_pipeline import checkpoint, config, sparse_head
 from ssl_pipeline.pretrain import PretrainConfig, build_method

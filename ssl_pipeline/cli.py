@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -37,16 +38,16 @@ RESUMED = (
 def pretrain(args: argparse.Namespace) -> int:
     """pretrain a backbone, or go on with a run that was stopped"""
     from ssl_pipeline import config
-    from ssl_pipeline.pretrain import PretrainConfig, pretrain
 
     tree = config.load(args.config, args.overrides)
+    from ssl_pipeline.pretrain import PretrainConfig, pretrain  # takes seconds, for which no wrong name waits
+
     return pretrain(config.validate(PretrainConfig, tree.values, tree), args.output)
 
 
 def show_config(args: argparse.Namespace) -> int:
     """print a resolved config and what follows from it; runs nothing"""
     from ssl_pipeline import config
-    from ssl_pipeline.pretrain import PretrainConfig, consequences
 
     if args.config is None:
         print("\n".join(config.packaged_names()))
@@ -54,6 +55,8 @@ def show_config(args: argparse.Namespace) -> int:
     if args.ranks < 1:
         raise BadInput(f"--ranks {args.ranks} is no number of processes: give 1 or more")
     tree = config.load(args.config, args.overrides)
+    from ssl_pipeline.pretrain import PretrainConfig, consequences  # seconds that no listing waits for
+
     options = config.validate(PretrainConfig, tree.values, tree)
     values = options.model_dump(mode="json")
     if args.explain:
@@ -1072,6 +1075,8 @@ def main(arguments: Sequence[str] | None = None, signals: bool = True) -> int:
 
 def entry(arguments: Sequence[str] | None = None) -> None:
     """The program itself: `main`, and its status as the process's."""
+    # What torch and timm make when imported stays, and Python looks through all of it for garbage every 700 objects.
+    gc.set_threshold(10_000)
     leave(main(arguments))
 
 
@@ -1093,6 +1098,7 @@ def leave(status: int) -> NoReturn:
     if status in (Status.STOPPED, Status.RANK_LOST, Status.STORAGE, Status.NON_FINITE):
         logging.shutdown()
         os._exit(status)
+    gc.freeze()  # Python would look through all that was imported for garbage, twice: a second
     sys.exit(status)
 
 

@@ -6,7 +6,8 @@ rank. torchrun's variables and Slurm's are understood alike.
 The scale of gradients, once for all: the backward pass of `all_reduce_sum` and of `gather` SUMS over the ranks, and
 DistributedDataParallel then takes the mean. If each rank r computes the loss L_r, the parameters therefore receive the
 exact gradient of mean_r L_r, whether the L_r are shares of one loss (SimCLR: each rank's own anchors) or the same
-global loss computed on each rank (Barlow Twins, VICReg).
+global loss computed on each rank (Barlow Twins, VICReg). Where that sum is known without asking the others no collective
+is made in backward: of a loss that all ranks compute alike it is W times each rank's own (`global_sum`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -226,6 +228,11 @@ def world_size() -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- collectives
+# torch 2.14 renamed them and warns of the old names. gloo's reduce-scatter is an all-reduce of which each rank keeps a part.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -240,24 +247,41 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
 
-class _Gather(torch.autograd.Function):
+class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        whole = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather(list(whole.chunk(dist.get_world_size())), x)
-        return whole
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return gradient * dist.get_world_size()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather_values(x).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        own = gradient.new_empty((len(gradient) // dist.get_world_size(), *gradient.shape[1:]))
+        _reduce_scatter(own, gradient.contiguous())
+        return own
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over all ranks; in backward, the sum of the gradients over all ranks."""
     return _AllReduceSum.apply(x)
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, for a loss that all ranks compute alike from such sums.
+
+    Their gradients of the sum are equal then, and in backward W times the own one is their sum, without a collective.
+    """
+    return _GlobalSum.apply(x)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -279,9 +303,10 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 def gather_values(x: Tensor) -> Tensor:
     """x of all ranks, stacked: (...) -> (W, ...), without gradient."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts)
+    x = x.detach().contiguous()
+    whole = x.new_empty((dist.get_world_size(), *x.shape))
+    _all_gather(whole.view(-1), x.view(-1))
+    return whole
 
 
 def gather_rows(x: Tensor) -> list[Tensor]:
@@ -393,10 +418,17 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
     return _global_batch_norm(module) if device.type == "cpu" else convert_sync_batchnorm(module)
 
 
-def wrap(module: nn.Module, device: torch.device, synchronise: bool = True) -> nn.Module:
+def wrap(
+    module: nn.Module,
+    device: torch.device,
+    synchronise: bool = True,
+    static_graph: bool = False,
+    compression: Literal["none", "bf16"] = "none",
+) -> nn.Module:
     """`module` on its device, with batch norm over all ranks (unless not to `synchronise`) and gradients averaged.
 
-    Buffers are not broadcast: the statistics of synchronised batch norm are equal on all ranks by construction.
+    `static_graph` is DistributedDataParallel's; `compression` is of the gradients while they are on their way. Buffers are
+    not broadcast: the statistics of synchronised batch norm are equal on all ranks by construction.
     """
     module = module.to(device)
     if synchronise:
@@ -406,10 +438,13 @@ def wrap(module: nn.Module, device: torch.device, synchronise: bool = True) -> n
     # torch 2.14 renamed the option and warns of the old name.
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    options |= {"gradient_as_bucket_view": True, "static_graph": static_graph}
     devices = None if device.type == "cpu" else [device.index]
-    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **options)
+    wrapped = DistributedDataParallel(module, device_ids=devices, **options)
     if device.type == "cpu":
-        wrapped.register_comm_hook(None, _mean_in_rank_order)
+        wrapped.register_comm_hook(torch.bfloat16 if compression == "bf16" else None, _mean_in_rank_order)
+    elif compression == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
 
 
@@ -420,17 +455,19 @@ def averaging(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
     return model.no_sync() if wait else contextlib.nullcontext()  # type: ignore[operator]
 
 
-def _mean_in_rank_order(_, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations that are strings
-    """DDP's mean of the gradients on the CPU, the same to the last bit wherever in a bucket a number stands.
+def _mean_in_rank_order(sent_as, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations that are strings
+    """DDP's mean of the gradients on the CPU, the same to the last bit wherever in a bucket a number stands. The ranks send
+    them to each other as they are, or as another type, and the mean is taken in their own.
 
     gloo's own order of summation follows that place, and DDP orders its buckets anew after its first step: beyond two
     ranks the first step after a resume would round otherwise than in a run that was never stopped.
     """
-    parts = [torch.empty_like(bucket.buffer()) for _ in range(dist.get_world_size())]
-    work = dist.all_gather(parts, bucket.buffer(), async_op=True)
+    sent = bucket.buffer().to(sent_as or bucket.buffer().dtype)
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(parts, sent, async_op=True)
 
     def mean(_: Any) -> Tensor:
-        total = parts[0]
+        total = parts[0].to(bucket.buffer().dtype)
         for part in parts[1:]:
             total += part
         return total.div_(len(parts))

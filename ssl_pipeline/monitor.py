@@ -33,8 +33,9 @@ T = TypeVar("T")
 SLOW, PATIENCE, SILENCE = 0.05, 60.0, 600.0
 """Share of time waiting for data, seconds for which it lasts before a word is said, and seconds until it is said again."""
 
-TIME_KEYS = ("images_per_second", "data_wait", "seconds_left", "checkpoint_stall")
-"""Keys of metrics.jsonl that depend on the clock; all others are functions of the config and the data."""
+TIME_KEYS = ("images_per_second", "data_wait", "seconds_left", "checkpoint_stall", "seconds_to_first_step")
+"""Keys of metrics.jsonl that depend on the clock; all others are functions of the config and the data. The last one stands
+in the first row of each start alone."""
 
 OF_EACH_STEP = ("loss", "gradient_norm")
 """Scalars that are kept of each step until the next logged one."""
@@ -136,6 +137,8 @@ class Monitor:
         self._sums: Tensor | None = None
         self._clock: float | None = None
         self._waited = self._held = 0.0
+        self._to_first_step: float | None = None
+        """Seconds; 0 once they are logged."""
         self._since = start_step
         self._remedy = remedy
         self._slow = (0.0, 0.0)
@@ -185,6 +188,8 @@ class Monitor:
 
     def add(self, logs: dict[str, Tensor], finite: Tensor) -> None:
         """Add one step's scalars; a step that was skipped, `finite` being false, is counted and left out."""
+        if self._to_first_step is None:
+            self._to_first_step = process_seconds()
         values = torch.stack([value.detach().float() for value in logs.values()])
         kept = torch.where(finite, values, torch.zeros_like(values))
         row = torch.cat([kept, torch.stack([finite.float(), (~finite).float()])])
@@ -253,8 +258,10 @@ class Monitor:
         slowest = int(each[:, 0].argmax())
         waited, of = each[slowest].tolist()
         times = (rate, waited / of if of > 0 else math.nan, left, self._held)
-        self._held = 0.0
-        values |= {k: v if math.isfinite(v) else None for k, v in zip(TIME_KEYS, times, strict=True)}
+        values |= {k: v if math.isfinite(v) else None for k, v in zip(TIME_KEYS, times, strict=False)}
+        if self._to_first_step:
+            values["seconds_to_first_step"] = self._to_first_step
+        self._held = self._to_first_step = 0.0
         if self.world.is_main:
             self._write(values, [name for name in values if name != "step"])
             with contextlib.suppress(OSError):  # the terminal may be a file on a full disk
@@ -346,6 +353,13 @@ class Monitor:
         self._metrics.close()
         if self._curves is not None:
             self._curves.close()
+
+
+def process_seconds() -> float:
+    """Seconds since this process started, its imports among them."""
+    # proc(5): after the name in brackets the 20th field is the start, in ticks since the machine's.
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def view_pixels(views: Sequence[Tensor], normalized: Sequence[tuple[Any, Any]]) -> list[np.ndarray]:

@@ -24,11 +24,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ssl_pipeline import __version__, backbone, checkpoint, cluster, config, distributed, methods, optim, recovery
+from ssl_pipeline import (
+    __version__,
+    backbone,
+    checkpoint,
+    cluster,
+    compute,
+    config,
+    distributed,
+    methods,
+    optim,
+    recovery,
+)
 from ssl_pipeline.alarms import Alarms
 from ssl_pipeline.alarms import Options as AlarmOptions
 from ssl_pipeline.backbone import Options as BackboneOptions
 from ssl_pipeline.checkpoint import Options as CheckpointOptions
+from ssl_pipeline.compute import Options as ComputeOptions
 from ssl_pipeline.data.index import Index, pretraining_index
 from ssl_pipeline.data.loader import Loader, require_dali, require_shuffle
 from ssl_pipeline.data.loader import Options as DataOptions
@@ -75,6 +87,7 @@ class PretrainConfig(config.Options):
     distributed: WatchdogOptions = WatchdogOptions()
     recovery: RecoveryOptions = RecoveryOptions()
     alarms: AlarmOptions = AlarmOptions()
+    compute: ComputeOptions = ComputeOptions()
 
     @model_validator(mode="after")
     def _method_fits(self) -> PretrainConfig:
@@ -87,6 +100,8 @@ class PretrainConfig(config.Options):
             raise BadInput(
                 "head.sparse.inner_steps are not scaled as fp16's gradients must be: take precision=bf16 or fp32"
             )
+        per_sample = method.per_sample and not self.head.sparse.inner_steps
+        compute.require_possible(self.compute, self.optim.accumulate, per_sample)
         return self
 
 
@@ -103,7 +118,9 @@ def pretrain(options: PretrainConfig, output: Path) -> Status:
 
     def read_pictures() -> tuple[Index | None, BadInput | None]:
         require_dali()
+        optim.require_backend(options.optim)
         try:
+            compute.require_compiler(options.compute, world.device)
             begun = bool(saved_steps(run.checkpoints))
             index = pretraining_index(options.data.root, options.data.unlabelled, begun)
         except BadInput as error:  # perhaps on this node alone
@@ -224,7 +241,8 @@ def _train(
     method = build_method(options)
     if options.channels_last:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = distributed.wrap(method, device)
+    model = compute.wrap(method, options.compute, device)
+    before = compute.Copies(method.changed_by_forward())
     optimizer = optim.build(method.parameter_groups(), options.optim, options.data.batch_size)
     width = backbone.width(method.backbone)
     val = distributed.in_turn(lambda: validation_pictures(options.online, options.data))
@@ -292,7 +310,7 @@ def _train(
                 progress = Progress(step, steps, data.epoch, options.epochs)
                 factor = optim.rate_factor(options.optim, step, len(data), options.epochs)
                 rates = optim.set_rates(optimizer, factor)
-                before = [x.clone() for x in method.changed_by_forward()]
+                before.take()
                 method.before_forward(progress)
 
                 views = [view.contiguous(memory_format=layout) for view in batch.views]
@@ -306,7 +324,7 @@ def _train(
                 optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
                 optimizer.step()  # not the scaler's step, which would decide anew what is finite
                 scaler.update()
-                _put_back_unless(finite, method.changed_by_forward(), before)
+                before.put_back_unless(finite)
                 method.after_update(progress, rates, finite)
                 optimizer.zero_grad()
                 seen = online.step(output.features, batch.labels, finite)
@@ -425,13 +443,6 @@ def _accumulation(options: PretrainConfig, method: Method, ranks: int) -> str:
     )
 
 
-@torch.no_grad()
-def _put_back_unless(finite: Tensor, changed: list[Tensor], copies: list[Tensor]) -> None:
-    """Undo what a forward pass changed before anyone knew whether it was good."""
-    for x, copy in zip(changed, copies, strict=True):
-        x.copy_(torch.where(finite, x, copy))
-
-
 def _require_room(method: Method, options: PretrainConfig, run: RunFolder) -> None:
     """Raises StorageFailure where the checkpoints to be kept, and the one being written, do not fit."""
     size = _checkpoint_bytes(method, options)
@@ -440,7 +451,7 @@ def _require_room(method: Method, options: PretrainConfig, run: RunFolder) -> No
 
 
 def _checkpoint_bytes(method: Method, options: PretrainConfig) -> int:
-    moments = 2 if options.optim.name in ("adam", "adamw") else 1
+    moments = 2 if options.optim.name in ("adam", "adamw", "lamb") else 1
     trained = sum(p.numel() * p.element_size() for group in method.parameter_groups() for p in group["params"])
     return checkpoint.state_bytes(method.state_dict()) + moments * trained
 

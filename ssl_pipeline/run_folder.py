@@ -41,10 +41,11 @@ CHANGEABLE = (
     "alarms.",
     "optim.accumulate",
     "data.root",
+    "compute.",
 )
 """Keys in which a second start of a run may differ from the first: they do not change what is computed, but for
-`optim.accumulate`, which another number of ranks may need and which divides the batch that batch norm sees. That
-`data.root` holds the same pictures is asked of the checkpoint."""
+`optim.accumulate`, which another number of ranks may need and which divides the batch that batch norm sees, and for
+`compute.`, which rounds otherwise. That `data.root` holds the same pictures is asked of the checkpoint."""
 
 
 class RunFolder:

@@ -23,6 +23,7 @@ SHARED = GROUND | {
     "watchdog",
     "recovery",
     "alarms",
+    "compute",
 }
 ALLOWED = {
     "exits": set(),
@@ -61,6 +62,7 @@ ALLOWED = {
     "recovery": GROUND | {"data.loader", "monitor", "run_folder"},
     "alarms": GROUND | {"sparse_head"},
     "evaluation.measures": GROUND | {"sparse_head", "methods"},
+    "compute": GROUND | {"methods"},
 }
 LIBRARIES = {
     "nvidia": ("data",),

@@ -281,7 +281,21 @@ def test_tools_are_the_verbs() -> None:
         assert f"ssl-pipeline {verb}" in done.stdout
 
 
-def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; from ssl_pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
-        "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'pydantic', 'timm', 'nvidia.dali')))"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("words", "status", "heavy"),
+    [
+        (["--help"], 0, ("torch", "numpy", "pydantic", "timm", "nvidia.dali")),
+        (["config"], 0, ("torch", "numpy", "timm", "nvidia.dali")),
+        (["config", "cifar10/simclt"], 2, ("torch", "numpy", "timm", "nvidia.dali")),
+        (["pretrain", "cifar10/simclt", "--output", "x"], 2, ("torch", "numpy", "timm", "nvidia.dali")),
+    ],
+    ids=["help", "list", "wrong name", "wrong name to pretrain"],
+)
+def test_what_needs_nothing_heavy_imports_nothing_heavy(words: list[str], status: int, heavy: tuple[str, ...]) -> None:
+    program = (
+        "import sys; from ssl_pipeline.cli import main\ntry: status = main(sys.argv[1:])\n"
+        f"except SystemExit as e: status = e.code or 0\nsys.exit(status + 10 * any(m in sys.modules for m in {heavy}))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program, *words], capture_output=True, check=False).returncode == status
+    )

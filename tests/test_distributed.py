@@ -23,7 +23,11 @@ def _collectives() -> dict[str, torch.Tensor]:
     y = torch.tensor([3.0 + rank], requires_grad=True)
     total = distributed.all_reduce_sum(y)
     ((rank + 1) * total).sum().backward()
+    z = torch.tensor([3.0 + rank], requires_grad=True)
+    shared = distributed.global_sum(z)
+    (5 * shared).sum().backward()
     return {"gathered": gathered.detach(), "x": x.grad, "total": total.detach(), "y": y.grad,
+            "shared": shared.detach(), "z": z.grad,
             "mean": distributed.mean_over_ranks(torch.tensor(float(rank))),
             "values": distributed.gather_values(torch.tensor([rank]))}  # fmt: skip
 
@@ -34,6 +38,8 @@ def test_collectives_and_their_gradients() -> None:
         assert found["x"].tolist() == [[[3, 30], [300, 3000]][rank]]  # summed over ranks: (1 + 2) * weight
         assert found["total"].tolist() == [7]
         assert found["y"].tolist() == [3]
+        assert found["shared"].tolist() == [7]
+        assert found["z"].tolist() == [10]
         assert found["mean"] == 0.5
         assert found["values"].tolist() == [[0], [1]]
 

@@ -317,7 +317,7 @@ def test_local_returns_at_once_and_a_time_limit_saves_and_goes_on(
     command: Callable, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = (*SMOKE, f"data.root={few_digits}", "max_steps=60")
+    words = (*SMOKE, f"data.root={few_digits}", "max_steps=50")
     done = command("launch", "pretrain", *words, "--output", "run", "--cluster", "local", "--tasks-per-node", 2)
     assert done.returncode == 0, done.stderr
     controller = int(re.search(r"submitted job (\d+) \(local\)", done.stdout).group(1))
@@ -328,7 +328,8 @@ def test_local_returns_at_once_and_a_time_limit_saves_and_goes_on(
     for task in tasks:
         os.kill(int(task), signal.SIGUSR2)  # as submitit does before the time limit
     assert f"running on {os.uname().nodename}" in command("status", "run").stdout
-    wait_for(lambda: "finished" in command("status", "run").stdout)
+    wait_for(lambda: [event["status"] for event in RunFolder(run).events() if event["event"] == "end"] == [75, 0])
+    assert "finished" in command("status", "run").stdout
     starts = [event for event in RunFolder(run).events() if event["event"] == "start"]
     assert len(starts) == 2
     assert starts[1]["step"] >= 8

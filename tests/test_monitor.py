@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +203,29 @@ def test_time_within_held_is_the_checkpoints(tmp_path: Path, monkeypatch: pytest
     assert [row["checkpoint_stall"] for row in read_lines(tmp_path / "metrics.jsonl")] == [2.0, 0.0]
 
 
+def test_the_first_row_of_a_process_tells_how_long_its_first_step_took_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((12.5, 99.0))
+    monkeypatch.setattr(monitor, "process_seconds", lambda: next(clock))
+    watch = make(tmp_path)
+    for step in (1, 2, 3):
+        watch.add(values(1.0), YES)
+        if step > 1:
+            watch.log(step, 0, {}, 0)
+    watch.close()
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert first["seconds_to_first_step"] == 12.5
+    assert "seconds_to_first_step" not in second
+
+
+def test_the_age_of_a_process() -> None:
+    line = "import time; time.sleep(0.5); from ssl_pipeline.monitor import process_seconds; print(process_seconds())"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    assert 0.5 <= float(done.stdout) <= time.monotonic() - start + 0.01  # a tick of Linux' clock
+
+
 def test_a_restart_continues_one_series(tmp_path: Path) -> None:
     watch = make(tmp_path)
     for step in (1, 2, 3, 4):
@@ -309,7 +335,7 @@ def two_who_wait(folder: str) -> list:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ssl_pipeline").addHandler(handler)
     clock = [1000.0 * world.rank]  # as of two machines
-    monitor.time = SimpleNamespace(monotonic=lambda: clock[0])  # type: ignore[assignment]
+    monitor.time = SimpleNamespace(**vars(time) | {"monotonic": lambda: clock[0]})  # type: ignore[assignment]
     watch = Monitor(monitor.Options(tensorboard=False), Path(folder) / "m", Path(folder), world, 4, 99,
                     remedy=lambda: f"try what rank {world.rank} says")  # fmt: skip
     watch.tick(0)

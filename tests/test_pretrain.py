@@ -242,18 +242,21 @@ def test_stopped_by_a_signal_at_any_step_and_resumed_is_not_stopped(
     assert_same_run(tmp_path / "whole", tmp_path / "parts", told)
 
 
-def start(few_digits: Path, run: Path, *overrides: str) -> subprocess.Popen:
-    words = [
-        "pretrain",
-        "smoke",
-        f"data.root={few_digits}",
-        "data.batch_size=16",
-        "monitor.tensorboard=false",
-        *overrides,
-        "--output",
-        str(run),
-    ]
-    return subprocess.Popen([sys.executable, "-m", "ssl_pipeline", *words], stderr=subprocess.PIPE, text=True)
+LONG = ("max_steps=60", "epochs=20", "checkpoint.every_steps=7", "checkpoint.every_epochs=null")
+
+
+@pytest.fixture(scope="module")
+def quiet(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of LONG that nobody disturbed."""
+    run = tmp_path_factory.mktemp("quiet") / "run"
+    assert pretrain.pretrain(options(few_digits, *LONG), run) == Status.DONE
+    return run
+
+
+def start(few_digits: Path, run: Path) -> subprocess.Popen:
+    words = ["smoke", f"data.root={few_digits}", "data.batch_size=16", "monitor.tensorboard=false", *LONG]
+    line = [sys.executable, "-m", "ssl_pipeline", "pretrain", *words, "--output", str(run)]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
@@ -267,37 +270,37 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_and_started_again_is_not_killed(few_digits: Path, tmp_path: Path) -> None:
-    overrides = ["max_steps=200", "epochs=20", "checkpoint.every_steps=7", "checkpoint.every_epochs=null"]
-    quiet = start(few_digits, tmp_path / "quiet", *overrides)
-    assert quiet.wait(timeout=200) == 0
-    killed = start(few_digits, tmp_path / "killed", *overrides)
-    wait_for_step(killed, tmp_path / "killed", 10)
+def test_killed_in_mid_epoch_and_started_again_is_not_killed(few_digits: Path, quiet: Path, tmp_path: Path) -> None:
+    killed = start(few_digits, tmp_path / "killed")
+    wait_for_step(killed, tmp_path / "killed", 12)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     saved = saved_steps(tmp_path / "killed" / "checkpoints")
     assert saved
-    assert saved[-1] < 200
-    again = start(few_digits, tmp_path / "killed", *overrides)
+    assert saved[-1] < 60
+    again = start(few_digits, tmp_path / "killed")
     assert again.wait(timeout=200) == 0
-    assert_same_run(tmp_path / "quiet", tmp_path / "killed")
+    assert_same_run(quiet, tmp_path / "killed")
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(few_digits: Path, tmp_path: Path) -> None:
-    overrides = ["max_steps=200", "epochs=20", "checkpoint.every_epochs=20"]
-    quiet = start(few_digits, tmp_path / "quiet", *overrides)
-    assert quiet.wait(timeout=200) == 0
-    stopped = start(few_digits, tmp_path / "stopped", *overrides)
-    wait_for_step(stopped, tmp_path / "stopped", 5)
-    second = start(few_digits, tmp_path / "stopped", *overrides)
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(
+    few_digits: Path, quiet: Path, tmp_path: Path
+) -> None:
+    stopped = start(few_digits, tmp_path / "stopped")
+    wait_for_step(stopped, tmp_path / "stopped", 1)
+    stopped.send_signal(signal.SIGSTOP)  # it waits meanwhile
+    second = start(few_digits, tmp_path / "stopped")
     assert second.wait(timeout=60) == Status.BAD_INPUT  # while the first one writes
     assert f"is being written by process {stopped.pid}" in second.stderr.read()
+    stopped.send_signal(signal.SIGCONT)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(timeout=60) == Status.STOPPED
-    assert "the same command goes on from here" in stopped.stderr.read()
-    assert start(few_digits, tmp_path / "stopped", *overrides).wait(timeout=200) == 0
-    assert_same_run(tmp_path / "quiet", tmp_path / "stopped")
+    told = re.search(r"stopped by a signal after step (\d+); the same command goes on from here", stopped.stderr.read())
+    assert told is not None
+    assert saved_steps(tmp_path / "stopped" / "checkpoints")[-1] == int(told[1]) < 60
+    assert start(few_digits, tmp_path / "stopped").wait(timeout=200) == 0
+    assert_same_run(quiet, tmp_path / "stopped")
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks

@@ -187,7 +187,7 @@ def test_a_checkpoint_of_other_shapes_is_one_sentence(
     assert said in told.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adam", "adamw", "lamb"])
 @pytest.mark.parametrize("kind", ["short", "one number for all"])
 def test_fused_kernels_get_tensors_of_the_parameters_layout(name: str, kind: str) -> None:
     """They write as many numbers as the parameter has, wherever the state ends: a stranger's checkpoint could crash us."""

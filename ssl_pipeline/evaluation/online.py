@@ -134,7 +134,7 @@ class Online(nn.Module):
         Nothing of a backbone whose features are not finite: a diverged run ends by its own rule, not by this one's.
         """
         found: dict[str, float] = {}
-        with _evaluating(backbone, head):
+        with _evaluating(backbone, head), torch.compiler.set_stance("force_eager"):  # batches of another size
             if self._knn_every and epoch % self._knn_every == 0:
                 found |= self._neighbours(backbone)
             if self._measures_every and epoch % self._measures_every == 0:

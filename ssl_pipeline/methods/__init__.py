@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ssl_pipeline import config, distributed
@@ -34,6 +35,10 @@ class Output:
     """Representations r of the first view, (N, D), detached."""
     embeddings: Tensor
     """Embeddings z of the first view, (N, K), detached."""
+
+
+# DistributedDataParallel must find the loss in it: with a static graph its first step would average no gradient.
+torch.export.register_dataclass(Output)
 
 
 @dataclass
@@ -306,11 +311,33 @@ def participation_ratio(z: Tensor) -> Tensor:
     """(tr C)^2 / ||C||_F^2 of the covariance C of the rows of z (N, K): how many dimensions they fill.
 
     1 on a line, k where k directions have equal variance, at most N - 1; 0 where all rows are equal. It is the
-    participation ratio of C's eigenvalues; ||C||_F is taken from the inner products (N, N).
+    participation ratio of C's eigenvalues; ||C||_F is taken from the inner products of rows, (N, N), or of columns.
     """
     centred = z - z.mean(dim=0)
-    gram = centred @ centred.T
+    gram = centred @ centred.T if len(z) < z.shape[1] else centred.T @ centred
     return gram.trace().square() / gram.square().sum().clamp(min=torch.finfo(z.dtype).tiny)
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs_and_gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs_and_gradients[len(inputs_and_gradients) // 2 :])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = ctx.saved_tensors
+        return None, *(scale * gradient for gradient in gradients), *(None for _ in gradients)
+
+
+def with_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar whose gradients by `inputs` were made along with it: backward multiplies them, and cannot be differentiated.
+
+    So nothing but them is kept for backward, and no collective is made in it: `gradients` are of the sum of all ranks'
+    values, and what comes in must be equal on all ranks.
+    """
+    return _WithGradients.apply(value, *inputs, *gradients)
 
 
 def full_precision(like: Tensor) -> torch.autocast:

@@ -45,7 +45,23 @@ def follow(target: list[nn.Module], online: list[nn.Module], weight: Tensor) -> 
     """
     followers = [p.detach() for module in target for p in module.parameters()]
     leaders = [p.detach() for module in online for p in module.parameters()]
-    torch._foreach_lerp_(followers, leaders, [weight.to(p.dtype) for p in followers])
+    # Fused kernels go by addresses alone.
+    assert all(p.stride() == q.stride() for p, q in zip(followers, leaders, strict=True))
+    # p += weight (q - p), as torch's fused SGD by q with a decay of -1 and a rate of -weight: on a GPU one kernel that reads
+    # p and q and writes p. A lerp by a weight on the device is a kernel for each tensor.
+    torch._fused_sgd_(
+        followers,
+        leaders,
+        [],
+        weight_decay=-1.0,
+        momentum=0.0,
+        lr=-weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+        found_inf=(weight == 0).float(),
+    )
 
 
 class MomentumMethod(methods.Method):

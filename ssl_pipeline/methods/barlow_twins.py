@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline import config, distributed, methods
 from ssl_pipeline.head import ProjectionHead
 from ssl_pipeline.methods import Objective, full_precision, upcast
+from ssl_pipeline.methods._column_products import column_products
 
 
 class Options(config.Options):
@@ -33,16 +35,9 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal_weight: float) -> Ten
 
     z1, z2: (N, K) head outputs of two views, before any normalisation.
     """
-    batch = len(z1) * distributed.world_size()
-    correlation = distributed.all_reduce_sum(standardize(z1).T @ standardize(z2) / batch)
-    on = (correlation.diagonal() - 1).square().sum()
-    return on + off_diagonal_weight * off_diagonal(correlation).square().sum()
-
-
-def off_diagonal(matrix: Tensor) -> Tensor:
-    """All elements of a square matrix (K, K) but the diagonal, as a view (K - 1, K)."""
-    side = matrix.shape[0]
-    return matrix.flatten()[:-1].view(side - 1, side + 1)[:, 1:]
+    one, two = standardize(torch.cat([z1, z2], dim=1)).chunk(2, dim=1)
+    diagonal, squares = column_products(one, two, len(z1) * distributed.world_size())
+    return (diagonal - 1).square().sum() + off_diagonal_weight * squares
 
 
 class Method(methods.Method):

@@ -84,26 +84,30 @@ def fourier_features(x: Tensor, frequencies: Frequencies, scale: Tensor) -> Tens
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
+# Both estimates are of sums over samples, of which each rank adds up its own: the same number on every rank.
 def hsic_xy(features: Tensor) -> Tensor:
-    """HSIC(Z, Y) of features (V, B, F) of B samples in V sets, Y being the sample's identity.
+    """HSIC(Z, Y) of features (V, N, F) of each rank's N samples in V sets, Y being the sample's identity.
 
     Source: kernels.py:rff_approximate_hsic_xy. As there, pairs of a set with itself are among the pairs of one sample, so
     that embeddings that are all one have 1 / (V - 1) and not 0: a collapse shows in HSIC(Z, Z), not in this.
     """
-    sets, batch, _ = features.shape
-    of_samples = features.sum(dim=0).square().sum() / (batch * sets * (sets - 1))
-    return of_samples - features.sum(dim=(0, 1)).square().sum() / (batch * sets) ** 2
+    sets, batch = len(features), features.shape[1] * distributed.world_size()
+    of_samples = features.sum(dim=0)
+    sums = distributed.global_sum(torch.cat([of_samples.sum(dim=0), of_samples.square().sum()[None]]))
+    return sums[-1] / (batch * sets * (sets - 1)) - sums[:-1].square().sum() / (batch * sets) ** 2
 
 
 def root_hsic_xx(first: Tensor, second: Tensor) -> Tensor:
-    """sqrt HSIC(Z, Z) from two independent draws of features (V, B, F): ||sum of centred products||_F / (V B).
+    """sqrt HSIC(Z, Z) from two independent draws of features (V, N, F): ||sum of centred products||_F / (V W N).
 
     The root of kernels.py:rff_approximate_hsic_xx. A norm, not the root of a square: its gradient is 0, not NaN, where
     all embeddings are one.
     """
-    first, second = first.flatten(0, 1), second.flatten(0, 1)
-    products = (first - first.mean(dim=0)).T @ (second - second.mean(dim=0))
-    return torch.linalg.vector_norm(products) / len(first)
+    both = torch.stack([first.flatten(0, 1), second.flatten(0, 1)])
+    # A constant to autograd: the sum of products of centred rows has no gradient by either mean.
+    one, two = both - distributed.mean_over_ranks(both.mean(dim=1, keepdim=True))
+    products = distributed.global_sum(one.T @ two)
+    return torch.linalg.vector_norm(products) / (len(one) * distributed.world_size())
 
 
 def ssl_hsic_loss(
@@ -112,7 +116,7 @@ def ssl_hsic_loss(
     """gamma sqrt HSIC(Z, Z) - HSIC(Z, Y) (kernels.py:HSICLoss), and both parts, detached.
 
     Args:
-        hidden: (V, B, K), unit vectors: V sets of the global batch's embeddings, as `gather_sets` makes them.
+        hidden: (V, N, K), unit vectors: V sets of this rank's embeddings, as `gather_sets` makes them.
         frequencies: two independent draws, equal on all ranks. HSIC(Z, Y) uses the first.
         scale: c of the kernel, (), without gradient.
         regularization: gamma.
@@ -123,12 +127,8 @@ def ssl_hsic_loss(
 
 
 def gather_sets(predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """This rank's predictions and target projections, (N, K) each, as unit vectors of the global batch (V, WN, K).
-
-    Gradient flows into the predictions of all ranks, and into no target.
-    """
-    hidden = torch.stack([F.normalize(x, dim=1) for x in (*predictions, *(x.detach() for x in targets))], dim=1)
-    return distributed.gather_in_order(hidden).transpose(0, 1)
+    """Predictions and target projections, (N, K) each, as unit vectors (V, N, K). No gradient flows into targets."""
+    return torch.stack([F.normalize(x, dim=1) for x in (*predictions, *(x.detach() for x in targets))])
 
 
 # ------------------------------------------------------------------------------------------------------ kernel's scale
@@ -169,22 +169,27 @@ class Method(MomentumMethod):
         generator = self.generator()
         with full_precision(features[0]):
             hidden = gather_sets(predictions, targets)
-            sets, batch, dimension = hidden.shape
+            sets, rows, dimension = hidden.shape
             one, two = (
                 Frequencies(*(to_device(x, hidden) for x in draw_frequencies(count, dimension, generator)))
                 for count in [self.options.random_features] * 2
             )
             loss, logs = ssl_hsic_loss(hidden, (one, two), self.kernel_scale, self.options.regularization)
             each = max(self.options.scale_samples // sets, 1)
-            places = torch.randint(batch, (2, sets, each), generator=generator)
+            places = torch.randint(rows * distributed.world_size(), (2, sets, each), generator=generator)
             slope = self._measure_slope(hidden.detach(), to_device(places, hidden))
         logs |= {"kernel_scale": self.kernel_scale.clone(), "kernel_log_slope": slope}
         return Objective(loss, embeddings[0], logs)
 
     @torch.no_grad()
     def _measure_slope(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """The mean log slope over all pairs of two samples of the embeddings; keeps its derivative by the scale."""
-        left, right = (hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])) for where in places)
+        """The mean log slope over all pairs of two samples of the embeddings; keeps its derivative by the scale.
+
+        hidden: (V, N, K). places: (2, V, M), those drawn on either side among the V sets of the global batch.
+        """
+        owner, row = places % distributed.world_size(), places // distributed.world_size()  # data/loader.py's order
+        drawn = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], row]
+        left, right = distributed.global_sum(drawn.masked_fill((owner != distributed.rank())[..., None], 0))
         squared = (2 - 2 * left.flatten(0, 1) @ right.flatten(0, 1).T).clamp(min=0)
         slope, gradient = log_slope(squared, self.kernel_scale)
         # Equal on all ranks but for rounding; the mean keeps the ranks' scales equal to the last bit.
@@ -208,8 +213,10 @@ class Method(MomentumMethod):
         weight = (1 - self.options.ema_decay) / -torch.expm1(decay * (count + 1))
         follow([self.average], [self.backbone], torch.where(finite, weight, 0))
         self.updates.copy_(torch.where(finite, count, self.updates))
-        for average, online in zip(self.average.buffers(), self.backbone.buffers(), strict=True):
-            average.copy_(online)
+        pairs = list(zip(self.average.buffers(), self.backbone.buffers(), strict=True))
+        for kind in {average.dtype for average, _ in pairs}:  # of one kind, one kernel copies many
+            some = [pair for pair in pairs if pair[0].dtype == kind]
+            torch._foreach_copy_([average for average, _ in some], [online for _, online in some])
 
     def evaluated_backbone(self) -> nn.Module:
         """The average of the online backbone's parameters, with its own batch statistics."""

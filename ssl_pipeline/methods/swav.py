@@ -45,15 +45,15 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Assignments (..., N, K) of N rows a rank to K prototypes, every prototype with the same share of all ranks' rows.
 
     Sinkhorn and Knopp's iterations on exp(scores / epsilon) (section 3.1, equation 3), no gradient; each row sums to 1.
-    Ranks may hold any part of the rows, in any order: a row's assignment depends on the set of all rows alone.
+    Scores are cosines. Ranks may hold any part of the rows, in any order: a row's assignment depends on the set of all rows
+    alone.
     Equals facebookresearch/swav main_swav.py:distributed_sinkhorn, whose constant factors the last division undoes.
     """
     with torch.no_grad():
-        largest = distributed.gather_values(scores.max()).max()
-        shares = ((scores - largest) / epsilon).exp()
+        shares = ((scores - 1) / epsilon).exp_()  # 1: the largest there can be, so that no exponential is too large
         for _ in range(iterations):
-            shares = shares / distributed.all_reduce_sum(shares.sum(dim=-2, keepdim=True))
-            shares = shares / shares.sum(dim=-1, keepdim=True)
+            shares /= distributed.global_sum(shares.sum(dim=-2, keepdim=True))
+            shares /= shares.sum(dim=-1, keepdim=True)
         return shares
 
 
@@ -68,10 +68,11 @@ def swav_loss(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor
     The mean over this rank's rows, over the V - 1 other views, over the A views. The mean over ranks is the loss of the
     global batch.
     """
-    predicted = F.log_softmax(scores / temperature, dim=-1)
-    losses = -torch.einsum("ank,vnk->av", assignments, predicted) / scores.shape[1]
-    own = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
-    return losses.masked_fill(own, 0).sum() / (len(assignments) * (len(scores) - 1))
+    views, rows, _ = scores.shape
+    of_others = assignments.sum(dim=0).repeat(views, 1, 1)
+    of_others[: len(assignments)] -= assignments
+    cross_entropies = -(of_others * F.log_softmax(scores / temperature, dim=-1)).sum()
+    return cross_entropies / (len(assignments) * (views - 1) * rows)
 
 
 class Method(methods.Method):

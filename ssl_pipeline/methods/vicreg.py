@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssl_pipeline import config, distributed, methods
 from ssl_pipeline.methods import Objective, full_precision, upcast
+from ssl_pipeline.methods._column_products import column_products
 
 
 class Options(config.Options):
@@ -26,18 +27,12 @@ def variance_and_covariance(z: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tenso
     """(v, c) of the embeddings z (N, K) of one view, over the global batch of B rows, the same on every rank.
 
     v = mean_i max(0, 1 - sqrt(C_ii + eps)) (equation 1), c = sum_{i != j} C_ij^2 / K (equation 4), with the covariance
-    C = Z^T Z / (B - 1) of the centred Z (B, K). Since ||Z^T Z||_F = ||Z Z^T||_F, no matrix K x K is made: each rank
-    multiplies its own rows with all, (N, B).
+    C = Z^T Z / (B - 1) of the centred Z (B, K).
     """
-    rows, dimension = z.shape
-    whole = distributed.gather(z)
-    centred = whole - whole.mean(dim=0)
-    degrees = len(whole) - 1
-    variances = centred.square().sum(dim=0) / degrees
-    first = distributed.rank() * rows
-    inner = centred[first : first + rows] @ centred.T / degrees
-    off_diagonal = distributed.all_reduce_sum(inner.square().sum()) - variances.square().sum()
-    return F.relu(1 - (variances + eps).sqrt()).mean(), off_diagonal / dimension
+    # A constant to autograd: a function of C has no gradient by the mean, since the rows of the centred Z sum to zero.
+    centred = z - distributed.mean_over_ranks(z.mean(dim=0))
+    variances, squares = column_products(centred, centred, len(z) * distributed.world_size() - 1)
+    return F.relu(1 - (variances + eps).sqrt()).mean(), squares / z.shape[1]
 
 
 def vicreg_loss(

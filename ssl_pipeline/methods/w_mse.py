@@ -55,7 +55,8 @@ def w_mse_loss(z: Tensor, orders: Tensor, options: Options) -> tuple[Tensor, Ten
     """The loss of the global batch, the same on every rank, and the number of slices whose Cholesky factor failed.
 
     2 - 2 cos of the whitened embeddings of a sample's views, mean over the batch, the pairs of views and the
-    partitions; gradient flows into every view. Source: htdt/self-supervised methods/w_mse.py:WMSE.forward.
+    partitions; gradient flows into every view. Each rank whitens its share of the slices. Source: htdt/self-supervised
+    methods/w_mse.py:WMSE.forward.
 
     Args:
         z: (V, N, K), this rank's embeddings of V views, rows in the order of the loader.
@@ -63,14 +64,16 @@ def w_mse_loss(z: Tensor, orders: Tensor, options: Options) -> tuple[Tensor, Ten
         options: the method's.
     """
     whole = distributed.gather_in_order(z.transpose(0, 1)).transpose(0, 1)
-    slices = whole[:, orders].unflatten(-2, (-1, options.w_size))  # (V, I, slices, w_size, K)
-    white, failed = whiten(slices, options.epsilon, options.fallback)
+    mine = orders.reshape(-1, options.w_size)[distributed.rank() :: distributed.world_size()]
+    white, failed = whiten(whole[:, mine], options.epsilon, options.fallback)  # (V, slices, w_size, K)
     if options.normalize:
         white = F.normalize(white, dim=-1)
-        pairs = [2 - 2 * (one * two).sum(dim=-1).mean() for one, two in combinations(white, 2)]
+        pairs = [2 - 2 * (one * two).sum(dim=-1) for one, two in combinations(white, 2)]
     else:
-        pairs = [F.mse_loss(one, two) for one, two in combinations(white, 2)]
-    return torch.stack(pairs).mean(), failed
+        pairs = [(one - two).square().mean(dim=-1) for one, two in combinations(white, 2)]
+    share = torch.stack(pairs).sum() / (len(pairs) * orders.numel())
+    loss, failures = distributed.global_sum(torch.stack([share, failed.to(share.dtype)]))
+    return loss, failures.detach()
 
 
 class Method(methods.Method):

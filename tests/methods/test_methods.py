@@ -27,7 +27,7 @@ def make(name: str, overrides: list[str]) -> tuple[PretrainConfig, Method, list[
     options = config.validate(PretrainConfig, config.load(name, [*SMALL, *overrides]).values)
     method = build_method(options)
     torch.manual_seed(0)
-    base = torch.randn(32, 3, 32, 32)
+    base = torch.randn(32, 3, 16, 16)
     return options, method, [base + 0.3 * torch.randn_like(base) for _ in range(2)]
 
 

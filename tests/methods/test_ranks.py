@@ -44,7 +44,7 @@ def loss_and_gradients(name: str, overrides: list[str]) -> dict[str, torch.Tenso
     model = distributed.wrap(method, world.device)
     generator = torch.Generator().manual_seed(0)
     whole = [
-        torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(options.data.views[0].count)
+        torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(options.data.views[0].count)
     ]
     views = [view[world.rank :: world.size] for view in whole]
     output = model(views)
