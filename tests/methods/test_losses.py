@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssl_pipeline import distributed
-from ssl_pipeline.methods import simclr, w_mse
+from ssl_pipeline.methods import participation_ratio, simclr, w_mse
 from ssl_pipeline.methods._column_products import column_products
 from ssl_pipeline.methods.barlow_twins import barlow_twins_loss
 from ssl_pipeline.methods.ssl_hsic import draw_frequencies, fourier_features, gather_sets, ssl_hsic_loss
@@ -216,6 +216,11 @@ def test_without_gradient_similarities_are_computed_once(small_blocks: None) -> 
     with torch.no_grad():
         once = products(lambda: simclr.nt_xent_loss(*inputs, 0.1))
     assert products(lambda: simclr.nt_xent_loss(*inputs, 0.1)) >= 2 * once > 0
+
+
+@pytest.mark.parametrize("shape", [(100, 4), (4, 100)])
+def test_the_effective_rank_makes_the_smaller_matrix(shape: tuple[int, int]) -> None:
+    assert max(sizes_made(lambda: participation_ratio(torch.randn(shape)))) == 400
 
 
 def test_a_low_temperature_in_fp32() -> None:
