@@ -128,7 +128,7 @@ def saves(folder: Path) -> list[Row]:
     less = "" if width == 8192 else ", for want of disk or memory for 8192"
     size = checkpoint.state_bytes(state) / 1e9
     what = f"stall of a save, ResNet-50 with a {width}-{width}-{width} head and momentum, {size:.2g} GB{less}"
-    return [measure.ratio(what, stalls, blocking, "torch.save", 0.5)]
+    return [measure.ratio(what, stalls, blocking, "torch.save", None)]
 
 
 def rows() -> list[Row]:
