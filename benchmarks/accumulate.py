@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from measure import clock, peak_bytes
+from measure import FREED_AT_ONCE, clock, peak_bytes
 
 from ssl_pipeline import config, distributed
 from ssl_pipeline.pretrain import PretrainConfig, _forward_backward, build_method
@@ -67,11 +67,9 @@ def main() -> None:
         for count in arguments.accumulate:
             words = ["--rows", arguments.rows, "--size", arguments.size, "--cell", way, count]
             line = [sys.executable, __file__, *map(str, words)]
-            # Freed memory goes back to the system at once, so that the resident set is what is held; that takes time.
-            at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
             memory, speed = (
                 json.loads(subprocess.run(line, env=os.environ | more, stdout=subprocess.PIPE, check=True).stdout)
-                for more in (at_once, {})
+                for more in (FREED_AT_ONCE, {})
             )
             cells.append(f"{memory['megabytes']:.0f} MB, {speed['seconds']:.1f} s")
             print(way, count, cells[-1], file=sys.stderr)

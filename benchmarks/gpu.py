@@ -5,8 +5,9 @@
 
 It installs nothing, and uses the Python that it is started with. Each part runs in a process of its own within a time
 limit, so that one which fails, hangs or crashes takes no other along; a part whose packages are absent is skipped and says
-so. The exit status is 1 where a part failed. What was found is written to benchmarks/results/gpu_<name of the GPU>.md and
-.json; a run on a CPU writes gpu.md, which says of every number that no GPU has been asked.
+so. The exit status is 1 where a part failed, and 2 where none could run. What was found is written to
+benchmarks/results/gpu_<name of the GPU>.md and .json; a run on a CPU writes gpu.md, which says of every number that no GPU
+has been asked. What is tiny or not all of it has a name of its own, so that it is not taken for the whole.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+if importlib.util.find_spec("torch") is None:
+    print(f"{sys.executable} has no torch: name a Python that has it, make gpu-check PYTHON=...", file=sys.stderr)
+    sys.exit(2)
 from benchmarks import measure  # noqa: E402 - imports torch and nothing else that may be absent
 from benchmarks.measure import Row  # noqa: E402
 
@@ -42,6 +46,8 @@ MEASUREMENTS = ROOT / "benchmarks" / "gpu_measurements.py"
 SKIP_STATUS = 5
 """Exit status of a part that has nothing to do here; its last line says why."""
 TAIL = 80
+RESERVE = 10.0
+"""Seconds of --minutes in which no part runs: for ending the last one, and for what is written then."""
 
 PACKAGES = {  # what a part may need, and how it comes to a machine
     "pydantic": "pip install pydantic",
@@ -154,21 +160,29 @@ def run_part(part: Part, arguments: argparse.Namespace, limit: float) -> Result:
         with output.open("wb") as file:
             process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                                        start_new_session=True)  # fmt: skip
+            status: int | None = None
             try:
-                status: int | None = process.wait(timeout=limit)
-            except subprocess.TimeoutExpired:
-                status = None
-            with contextlib.suppress(ProcessLookupError):  # what it started goes with it
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=limit)
+            finally:  # what it started goes with it, and it goes with us
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            if status is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits in the driver does not die
+                    process.wait(timeout=RESERVE / 2)
         seconds = time.monotonic() - start
         text = output.read_text(errors="replace")
         result = Result(part.name, part.what, FAILED, seconds=seconds)
-        if report.is_file() and report.suffix == ".json":
-            result.rows = [Row(**row) for row in json.loads(report.read_text())]
-        elif report.is_file() and report.stat().st_size:
-            result.tests = tests_in(report)
-        if status == 0:
+        with contextlib.suppress(
+            FileNotFoundError, ValueError, ElementTree.ParseError
+        ):  # killed before, or in writing it
+            if part.words:
+                result.tests = tests_in(report)
+            else:
+                result.rows = [Row(**row) for row in json.loads(report.read_text())]
+        if status == 0 and result.tests and all(test["state"] == SKIPPED for test in result.tests):
+            result.state, result.why = SKIPPED, result.tests[0]["why"]
+        elif status == 0:
             result.state = PASSED if arguments.device != "cpu" else NO_GPU
         elif status == SKIP_STATUS and not part.words:
             result.state, result.why = SKIPPED, text.strip().splitlines()[-1]
@@ -198,9 +212,11 @@ def tests_in(report: Path) -> list[dict[str, Any]]:
     return found
 
 
-def check(parts: Sequence[Part], arguments: argparse.Namespace, machine: Mapping[str, Any]) -> list[Result]:
-    """Run all parts, one after the other, and write the report after each."""
-    end = time.monotonic() + 60 * arguments.minutes
+def check(
+    parts: Sequence[Part], arguments: argparse.Namespace, machine: Mapping[str, Any], began: float
+) -> list[Result]:
+    """Run all parts, one after the other, and write the report after each. `began`: when `--minutes` did, monotonic."""
+    end = began + 60 * arguments.minutes - RESERVE
     results: list[Result] = []
     for part in parts:
         # A CPU may be a slow one that others share.
@@ -244,11 +260,13 @@ def described() -> dict[str, Any]:
     return found
 
 
-def report_name(machine: Mapping[str, Any], device: str) -> str:
-    """`gpu`, or `gpu_` and the GPU's name as a file's."""
-    if device == "cpu":
-        return "gpu"
-    return "gpu_" + re.sub(r"[^a-z0-9]+", "_", str(machine["gpu"]).lower()).strip("_")
+def report_name(machine: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """`gpu`, or `gpu_` and the GPU's name as a file's; and what it is not the whole of."""
+    some = "_some" if arguments.only else ""
+    if arguments.device == "cpu":
+        return f"gpu{some}"
+    name = re.sub(r"[^a-z0-9]+", "_", str(machine["gpu"]).lower()).strip("_")
+    return f"gpu_{name}{'_tiny' if arguments.tiny else ''}{some}"
 
 
 def write(
@@ -256,8 +274,8 @@ def write(
 ) -> None:
     """The report as Markdown; of a GPU, with all numbers as JSON too."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"{report_name(machine, arguments.device)}.md"
-    file.write_text(markdown(results, parts, arguments.device, machine))
+    file = arguments.output / f"{report_name(machine, arguments)}.md"
+    file.write_text(markdown(results, parts, arguments, machine))
     if arguments.device != "cpu":
         values = {"date": today(), **machine, "parts": [asdict(result) for result in results]}
         file.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
@@ -268,8 +286,11 @@ def today() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
-def markdown(results: Sequence[Result], parts: Sequence[Part], device: str, machine: Mapping[str, Any]) -> str:
+def markdown(
+    results: Sequence[Result], parts: Sequence[Part], arguments: argparse.Namespace, machine: Mapping[str, Any]
+) -> str:
     """The report. What ran on a CPU has no numbers in it: they would say nothing of a GPU."""
+    device = arguments.device
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
     if device == "cpu":
         lines = [
@@ -288,6 +309,11 @@ def markdown(results: Sequence[Result], parts: Sequence[Part], device: str, mach
             "",
             where,
         ]
+        if arguments.tiny:
+            lines += [
+                "",
+                "Tiny networks and pictures, by `--tiny`: that all of it runs. Its numbers say nothing, whatever they name.",
+            ]
     lines += ["", "| part | what it shows | state |", "|---|---|---|"]
     known = {result.part: result for result in results}
     for part in parts:
@@ -322,7 +348,8 @@ def markdown(results: Sequence[Result], parts: Sequence[Part], device: str, mach
 
 # ---------------------------------------------------------------------------------------------------------- command line
 def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """The exit status: 1 where a part failed, 2 where there is no GPU and none was asked for."""
+    """The exit status: 1 where a part failed, 2 where none could run: no GPU, or of each part a package is absent."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU does in a minute or two")
@@ -333,25 +360,46 @@ def main(words: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the report")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
-    arguments.data = Path(arguments.data).resolve() if arguments.data else None
+    arguments.data = (
+        Path(arguments.data).expanduser().resolve() if arguments.data else None
+    )  # no shell expands make's ~
+    if arguments.data and not arguments.data.is_dir():
+        parser.error(f"{arguments.data} is no folder: --data, or SSL_PIPELINE_TEST_DATA, names the one with CIFAR-10")
     if arguments.machine:
         print(json.dumps(described()))
         return 0
     unknown = {*(arguments.only or ())} - {part.name for part in parts}
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(part.name for part in parts)}")
-    asked = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--machine"], stdout=subprocess.PIPE, text=True,
-                           cwd=ROOT, check=True)  # fmt: skip
+    line = [sys.executable, str(Path(__file__).resolve()), "--machine"]
+    try:
+        asked = subprocess.run(line, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, timeout=120)
+    except subprocess.SubprocessError as error:
+        print(f"torch does not tell what GPU this is: {error}", file=sys.stderr)
+        return 2
     machine = json.loads(asked.stdout.splitlines()[-1])
     if arguments.device == "cuda" and not machine["gpu"]:
-        print("torch sees no GPU here; `--device cpu --tiny` shows that all of this runs", file=sys.stderr)
+        print(
+            "torch sees no GPU here; `make gpu-check GPU_CHECK='--device cpu --tiny'` shows that all of this runs",
+            file=sys.stderr,
+        )
         return 2
     parts = [part for part in parts if not arguments.only or part.name in arguments.only]
-    results = check(parts, arguments, machine)
-    failed = [result.part for result in results if result.state == FAILED]
-    print(f"{len(results)} parts, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}; "
-          f"{arguments.output / report_name(machine, arguments.device)}.md")  # fmt: skip
-    return int(bool(failed))
+    file = arguments.output / f"{report_name(machine, arguments)}.md"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part that runs ends too
+    try:
+        results = check(parts, arguments, machine, began)
+    except KeyboardInterrupt:
+        print(f"interrupted; {file} has the parts that were done", file=sys.stderr)
+        return 130
+    failed, skipped = ([result.part for result in results if result.state == state] for state in (FAILED, SKIPPED))
+    told = [
+        f"{len(names)} {what}: {', '.join(names)}"
+        for names, what in ((failed, "failed"), (skipped, "skipped"))
+        if names
+    ]
+    print("; ".join([f"{len(results)} parts", *told, str(file)]))
+    return 1 if failed else 2 if len(skipped) == len(results) else 0
 
 
 if __name__ == "__main__":

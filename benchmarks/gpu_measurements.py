@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from benchmarks.measure import Row
 from benchmarks.torch_views import TorchLoader, loading_with
-from ssl_pipeline import backbone, config, distributed, methods, monitor, optim, pretrain
+from ssl_pipeline import backbone, compute, config, distributed, methods, monitor, optim, pretrain
 from ssl_pipeline.data.index import image_folder
 from ssl_pipeline.data.loader import Batch, Loader
 from ssl_pipeline.data.prepare import prepare
@@ -69,7 +69,9 @@ PEAKS = {  # dense bf16 (V100, T4: fp16) operations a second, from NVIDIA's data
 
 
 def peak_of(name: str) -> float | None:
-    """The most operations a second that a GPU of this name can do, if it is known."""
+    """The most operations a second that a GPU of this name can do, if it is known; of a slice of one (MIG) it is not."""
+    if "MIG" in name.split():
+        return None
     fits = [key for key in PEAKS if re.search(rf"\b{key}\b", name)]
     return PEAKS[max(fits, key=len)] if fits else None
 
@@ -82,6 +84,7 @@ def half() -> str:
 def recipe(name: str, root: Path, batch: int, tiny: bool, *overrides: str) -> Any:
     """A packaged config with a batch that fits one GPU; if tiny, with a network and pictures that fit a test."""
     words = [f"data.root={root}", f"data.batch_size={batch}", f"precision={half()}", "monitor.tensorboard=false"]
+    words += ["checkpoint.every_epochs=1000"]  # an epoch of few pictures is over in a few steps
     if tiny:
         words += [
             "backbone={name: resnet18, stem: small, arguments: {layers: [1, 1, 1, 1], channels: [8, 16, 32, 64]}}"
@@ -165,8 +168,8 @@ class Rounds:
             self._others = self._make(loader)
             self.seconds |= {name: [] for name in self._others}
             for action in self._others.values():
-                action()
-                action()
+                for _ in range(self.warmup):  # as many as ours had
+                    action()
         if len(self.seconds["ours"]) == self.rounds:
             self._others = {}  # gives its memory back
             raise Enough
@@ -279,8 +282,8 @@ class Marks:
 
 # ----------------------------------------------------------------------------------------------------------- throughput
 def official_barlow_twins(options: Any, views: Sequence[Any], device: Any) -> Callable[[], None]:
-    """A step of the official loop, on the same network and views: fp16 autocast and GradScaler, contiguous layout,
-    SyncBatchNorm, C = z1^T z2 as a matrix of its own, and LARS as a loop over the parameters.
+    """A step of the official loop, on the same network and views: fp16 autocast and GradScaler, contiguous layout, cuDNN's
+    search for the fastest convolutions, SyncBatchNorm, C = z1^T z2 in place, and LARS as a loop over the parameters.
 
     Source: facebookresearch/barlowtwins main.py: main_worker, BarlowTwins, LARS.
     """
@@ -330,16 +333,23 @@ def official_barlow_twins(options: Any, views: Sequence[Any], device: Any) -> Ca
         with torch.autocast(device.type, dtype=torch.float16 if on_gpu else torch.bfloat16):
             z1, z2 = projector(network(one)), projector(network(two))
             c = norm(z1).T @ norm(z2)
-            c = c / len(one)
-            on = torch.diagonal(c).add(-1).pow(2).sum()
+            c.div_(len(one))
+            on = torch.diagonal(c).add_(-1).pow_(2).sum()
             side = c.shape[0]
-            off = c.flatten()[:-1].view(side - 1, side + 1)[:, 1:].flatten().pow(2).sum()
+            off = c.flatten()[:-1].view(side - 1, side + 1)[:, 1:].flatten().pow_(2).sum()
             loss = on + 0.0051 * off
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-    return step
+    def searching() -> None:  # as its main_worker sets it; the loop that is measured in turn does not
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            step()
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return searching
 
 
 def throughput(name: str, arguments: argparse.Namespace, official: bool) -> Iterator[Row]:
@@ -391,8 +401,10 @@ def simclr(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def compiled(arguments: argparse.Namespace) -> Iterator[Row]:
     """The step of Barlow Twins without torch.compile, and with it, one after the other."""
-    if "compute" not in PretrainConfig.model_fields:
-        raise Skip("this version has no option compute.compile")
+    try:
+        compute.require_compiler(compute.Options(compile="default"), distributed.start().device)
+    except BadInput as lacking:
+        raise Skip(str(lacking)) from lacking
     steps, rounds, warmup = (1, 2, 2) if arguments.tiny else (10, 3, 8)
     # If tiny, without the code generator, which takes a CPU half a minute.
     compile, eager = nn.Module.compile, {"backend": "aot_eager"} if arguments.tiny else {}
@@ -464,7 +476,7 @@ def loader(arguments: argparse.Namespace) -> Iterator[Row]:
             loop, marks = Rounds(steps, rounds, warmup, lambda _: {}), Marks()
 
             def turn(step: int, given: Loader) -> None:
-                marks.mark("all else")
+                marks.mark("between two steps")
                 loop(step, given)
 
             class Marked(Loader):
@@ -547,7 +559,7 @@ def cifar10(arguments: argparse.Namespace) -> Iterator[Row]:
         batch = 64 if arguments.tiny else 512
         per_epoch = sum(1 for path in (root / "train").rglob("*") if path.is_file()) // batch
         short = ["optim.schedule=cosine", "optim.warmup_steps=0", "optim.warmup_epochs=1", "monitor.every_steps=20",
-                 "online.measures_every_epochs=null", "checkpoint.every_epochs=1000"]  # fmt: skip
+                 "online.measures_every_epochs=null"]  # fmt: skip
 
         def chosen(epochs: int) -> PretrainConfig:
             cut = ["max_steps=4"] if arguments.tiny else []

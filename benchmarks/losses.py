@@ -30,8 +30,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 0.1
 CANDIDATES = 2 * 32_768
 """Of a global batch of 32,768."""
-# Freed memory goes back to the system at once (measure.peak_bytes).
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 # ------------------------------------------------------------------------------------------------------------- theirs
@@ -122,7 +120,8 @@ def require_equal(method: str) -> None:
 def peak(name: str) -> int:
     """Bytes that an action holds at most, in a process of its own."""
     command = [sys.executable, __file__, "--peak", name]
-    return int(subprocess.run(command, env=os.environ | MALLOC, check=True, capture_output=True, text=True).stdout)
+    environment = os.environ | measure.FREED_AT_ONCE
+    return int(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def print_peak(name: str) -> None:

@@ -114,11 +114,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""Environment of a process in which freed memory goes back to the system at once, so that the resident set is what is held.
+That takes time, which is to be measured in another process."""
+
+
 def peak_bytes(action: Callable[[], object]) -> int:
     """The most memory that `action` holds beyond what was held before it: the device's, or else the resident set's.
 
-    On a CPU the process wants MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=0 in its environment, so that freed
-    memory goes back to the system at once; that takes time, which is to be measured in another process.
+    On a CPU the process wants FREED_AT_ONCE in its environment.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

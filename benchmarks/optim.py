@@ -95,6 +95,22 @@ def lerp(target: nn.Module, online: nn.Module, weight: Tensor) -> None:
     torch._foreach_lerp_(followers, list(online.parameters()), [weight] * len(followers))
 
 
+def require_same_average(online: nn.Module) -> None:
+    """Raises AssertionError where the ways move a target, an eighth towards `online`, to places that differ by a rounding."""
+    started = copy.deepcopy(online)
+    with torch.no_grad():
+        for p in started.parameters():
+            p.mul_(0.5)
+    weight = torch.tensor(0.125, device=next(online.parameters()).device)
+    expected = copy.deepcopy(started)
+    peers_average(expected, online, 0.125)
+    for way in (lambda target: follow([target], [online], weight), lambda target: lerp(target, online, weight)):
+        target = copy.deepcopy(started)
+        way(target)
+        torch.testing.assert_close(list(target.parameters()), list(expected.parameters()), rtol=1e-5, atol=1e-7)
+        del target
+
+
 def rows() -> list[Row]:
     found = []
     for head, where, bound in ((False, "ResNet-50", None), (True, "ResNet-50 with an 8192-8192-8192 head", 0.65)):
@@ -116,13 +132,14 @@ def rows() -> list[Row]:
             measure.ratio(f"a step of LARC, {where}", seconds["larc"], seconds["timm's Lars"], "timm's Lars", None),
             measure.ratio(f"a step of SGD, {where}", seconds["sgd"], seconds["torch's SGD"], "torch's SGD", None),
             measure.measured(
-                f"a step of LARS, {where}", [s / pass_ for s in seconds["lars"]], "passes", None,
+                f"a step of LARS, {where}: passes over memory", [s / pass_ for s in seconds["lars"]], "passes", None,
                 f"limit 7; a pass is {pass_ * 1e3:.3g} ms, {gigabytes / pass_:.3g} GB/s",
             ),
         ]  # fmt: skip
         del steps, flat  # a gigabyte and more
         for p in parameters:
             p.grad = None
+        require_same_average(online)
         target, weight = copy.deepcopy(online), torch.tensor(0.004, device=parameters[0].device)
         seconds = measure.interleaved(
             {
@@ -134,9 +151,9 @@ def rows() -> list[Row]:
         )
         found += [
             measure.ratio(f"moving average, {where}", seconds["ours"], seconds["loop"], "the peers' loop", None),
-            measure.ratio(f"moving average, {where}", seconds["ours"], seconds["lerp"], "torch's lerp", None),
+            measure.ratio(f"moving average, {where}, beside a lerp", seconds["ours"], seconds["lerp"], "torch's lerp", None),
             measure.measured(
-                f"moving average, {where}", [s / pass_ for s in seconds["ours"]], "passes", None, "limit 3"
+                f"moving average, {where}: passes over memory", [s / pass_ for s in seconds["ours"]], "passes", None, "limit 3"
             ),
         ]  # fmt: skip
     return found

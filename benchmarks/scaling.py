@@ -630,7 +630,7 @@ def memory(at: Setting) -> Memory:
     return Memory(
         trained=trained,
         copies=whole - trained,
-        moments=trained * (2 if options.optim.name in ("adam", "adamw") else 1),
+        moments=trained * (2 if options.optim.name in ("adam", "adamw", "lamb") else 1),
         buffers=2 * sum(b.numel() * b.element_size() for b in model.buffers()),
         fixed=per_view[0][0],
         views=at.rows * sum(each for _, each in per_view),

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Row, clock, interleaved, main, measured, peak_bytes, ratio
+from measure import FREED_AT_ONCE, Row, clock, interleaved, main, measured, peak_bytes, ratio
 from PIL import Image
 
 from ssl_pipeline import compute, config, distributed, pretrain
@@ -144,10 +144,14 @@ def peak(again: bool) -> int:
 
 def of_activations() -> list[Row]:
     """Memory and time of a step whose activations are computed again, against one that keeps them."""
-    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     again, kept = (
         json.loads(
-            subprocess.run([sys.executable, __file__, "--peak", word], env=at_once, stdout=-1, check=True).stdout
+            subprocess.run(
+                [sys.executable, __file__, "--peak", word],
+                env=os.environ | FREED_AT_ONCE,
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout
         )
         for word in ("again", "kept")
     )

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,11 @@ class Options(config.Options):
     gradient_compression: Literal["none", "bf16"] = "none"
     """`bf16`: ranks send each other gradients in bf16, half the bytes; the mean is taken in fp32 on a CPU, in
     bf16 by NCCL."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off_is_false_in_yaml(cls, value: Any) -> Any:
+        return "none" if value is False else value
 
     @model_validator(mode="after")
     def _compiled_or_repeated(self) -> Options:
@@ -77,14 +83,30 @@ def require_compiler(options: Options, device: torch.device) -> None:
     lacking = []
     if device.type != "cpu" and importlib.util.find_spec("triton") is None:
         lacking.append("the package triton")
-    if not any(map(shutil.which, names)):
+    found = next(filter(None, map(shutil.which, names)), None)
+    headers = sysconfig.get_path("include")
+    if found is None:
         lacking.append(f"a compiler ({' or '.join(names)}, or what the variable {variable} names)")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    elif not Path(headers, "Python.h").is_file():
         lacking.append("the headers of Python (python3-dev)")
+    elif said := _refusal(found, headers, "c++" if device.type == "cpu" else "c"):
+        lacking.append(f"a compiler that works ({found}: {said})")
     if lacking:
         raise BadInput(
             f"compute.compile = {options.compile} needs {' and '.join(lacking)}: install it, or take compute.compile=none"
         )
+
+
+def _refusal(compiler: str, headers: str, language: str) -> str:
+    """What a compiler says of a program that includes Python's headers; empty where it takes it."""
+    line = [compiler, "-fsyntax-only", f"-I{headers}", "-x", language, "-"]
+    try:
+        done = subprocess.run(line, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    return next((text for text in done.stderr.splitlines() if "error" in text), f"exit status {done.returncode}")
 
 
 def wrap(method: Method, options: Options, device: torch.device) -> nn.Module:
@@ -92,6 +114,8 @@ def wrap(method: Method, options: Options, device: torch.device) -> nn.Module:
 
     Raises BadInput where the backbone has no blocks, or norms between ranks cut its CUDA graphs into pieces.
     """
+    # Shapes are static, so cuDNN's search for the fastest kernels pays; who asks torch for repeatable ones gets these.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     model = distributed.wrap(
         method, device, static_graph=options.static_graph, compression=options.gradient_compression
     )

@@ -212,6 +212,8 @@ def _train(
     step = state["step"] if state else 0
     distributed.together(lambda: checkpoint.put_back(state, "loader", data.require_same_pictures) if state else None)
 
+    method = distributed.together(lambda: build_method(options))
+
     def take_up() -> None:
         if world.is_main:  # only now: nothing of a config that was refused shall stay
             run.describe(options.model_dump(mode="json"))
@@ -228,6 +230,7 @@ def _train(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             ranks=world.size,
             accumulate=options.optim.accumulate,
+            compute=options.compute.model_dump(mode="json"),
             step=step,
             steps=end,
             epochs=options.epochs,
@@ -238,7 +241,6 @@ def _train(
         log.info("%s is finished: %d steps are done; nothing to do", run.path, step)
         return Status.DONE
 
-    method = build_method(options)
     if options.channels_last:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = compute.wrap(method, options.compute, device)
@@ -257,6 +259,8 @@ def _train(
             "the job has GPUs and torch sees none: this runs on the CPU; is torch built for CUDA, and for this driver?"
         )
     log.info("%d rank%s, %s, %s", world.size, "s" if world.size > 1 else "", device, options.precision)
+    if options.compute.compile != "none":
+        log.info("compiling (compute.compile=%s): the first step takes a minute or more", options.compute.compile)
     if options.optim.accumulate > 1:
         log.info("accumulating %s", _accumulation(options, method, world.size))
     distributed.together(lambda: _require_room(method, options, run) if world.is_main else None)

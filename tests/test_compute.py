@@ -340,10 +340,30 @@ def test_a_machine_without_a_compiler_is_refused_before_anything_starts(
     with pytest.raises(BadInput, match=r"compute.compile = default needs a compiler \(no-such-compiler, or what"):
         pretrain.pretrain(options(few_digits, COMPILED), tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
-    compute.require_compiler(compute.Options(), torch.device("cpu"))
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(
+        BadInput, match=rf"needs a compiler that works \({broken}: fatal error: Python.h: No such file\)"
+    ):
+        compute.require_compiler(compute.Options(compile="default"), torch.device("cpu"))
+    monkeypatch.delenv("CXX")
+    compute.require_compiler(compute.Options(compile="default"), torch.device("cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compute.require_compiler(compute.Options(compile=False), torch.device("cpu"))  # YAML's off
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="compute.compile = default needs the package triton"):
         compute.require_compiler(compute.Options(compile="default"), torch.device("cuda"))
+
+
+def test_cudnn_searches_unless_results_are_to_be_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = build_method(config_of("cifar10/simclr"))
+    for repeatable in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", repeatable)
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda repeatable=repeatable: repeatable)
+        compute.wrap(method, compute.Options(), torch.device("cpu"))
+        assert torch.backends.cudnn.benchmark is not repeatable
 
 
 def test_graphs_that_norms_over_ranks_would_cut_are_refused() -> None:

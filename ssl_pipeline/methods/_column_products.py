@@ -18,7 +18,8 @@ def column_products(x: Tensor, y: Tensor, divisor: float) -> tuple[Tensor, Tenso
     Where the batch is under half the dimension C is never made: ||X^T Y||_F^2 = sum((X X^T) * (Y Y^T)), of which each rank
     makes its own rows (N, B); what travels is the batch and not C. The diagonal is then taken out by subtraction, which
     costs a bit at most: of rank B - 1 and with equal numbers on its diagonal, C has squares that sum to more than twice the
-    diagonal's. Of a larger batch C may be near to the identity; it is made, and its diagonal zeroed. Where the user lets
+    diagonal's. Where few columns hold all variance, as in a collapse, squares that are small beside the diagonal's are lost
+    in rounding. Of a larger batch C may be near to the identity; it is made, and its diagonal zeroed. Where the user lets
     torch round the factors of products (TF32), these are so rounded; all sums, and the diagonal, are in the precision of x.
     """
     world = distributed.world_size()
@@ -29,7 +30,7 @@ def column_products(x: Tensor, y: Tensor, divisor: float) -> tuple[Tensor, Tenso
             whole = [distributed.gather_values(part).flatten(0, 1) for part in inputs]
             grams = [part @ rows.T for part, rows in zip(inputs, whole, strict=True)]
             total = distributed.global_sum((grams[0] * grams[-1]).sum()) / divisor**2
-            squares = total - diagonal.square().sum()
+            squares = (total - diagonal.square().sum()).clamp(min=0)  # NaN stays
             # y C^T and x C, without the diagonal's part.
             halves = [
                 (gram @ rows / divisor).sub_(other * diagonal)

@@ -17,7 +17,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ssl_pipeline import distributed, head, optim
+from ssl_pipeline.compute import Copies
 from ssl_pipeline.methods import Progress, swav
+from ssl_pipeline.methods._column_products import column_products
+from ssl_pipeline.methods._momentum import follow
 from ssl_pipeline.methods.barlow_twins import barlow_twins_loss
 from ssl_pipeline.methods.simclr import nt_xent_loss
 from ssl_pipeline.methods.ssl_hsic import Frequencies, gather_sets, ssl_hsic_loss
@@ -123,7 +126,7 @@ def test_lars_and_larc_are_the_authors_own(device: torch.device, name: str, opti
         np.testing.assert_allclose(value.detach().cpu(), np.array(entry["outputs"][key]), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adam", "adamw", "lamb"])
 def test_a_skipped_step_changes_no_bit(device: torch.device, name: str) -> None:
     model = nn.Sequential(nn.Linear(64, 33), nn.BatchNorm1d(33)).to(device)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
@@ -154,6 +157,53 @@ def test_a_skipped_step_changes_no_bit(device: torch.device, name: str) -> None:
     step(1.0)
     assert all(torch.isfinite(v).all() for v in everything())
     assert not torch.equal(before[0], everything()[0])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_a_target_follows_by_a_weight_on_the_device(device: torch.device, weight: float) -> None:
+    """channels_last, of which a 1 x 1 convolution has strides of its own; with weight 0 not a bit changes."""
+    networks = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)) for _ in range(2)]
+    online, target = (network.to(device, memory_format=torch.channels_last) for network in networks)
+    expected = [p.detach() * (1 - weight) + q.detach() * weight
+                for p, q in zip(target.parameters(), online.parameters(), strict=True)]  # fmt: skip
+    if not weight:
+        nn.init.constant_(online[0].weight, float("nan"))
+        expected = [p.detach().clone() for p in target.parameters()]
+    follow([target], [online], torch.tensor(weight, device=device))
+    close = {"rtol": 1e-6, "atol": 1e-7} if weight else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close([p.detach() for p in target.parameters()], expected, **close)
+
+
+def test_copies_bring_back_what_the_device_says(device: torch.device) -> None:
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+    tensors = [torch.tensor([1.5, -0.0, 3.0, 0.0]).to(device, kind) for kind in kinds]
+    tensors.append(torch.randn(3, 4, 5, 6, device=device).to(memory_format=torch.channels_last))
+    first = [x.clone() for x in tensors]
+    copies = Copies(tensors)
+    for kept in (False, True):
+        copies.take()
+        for x in tensors:
+            x.fill_(float("nan") if x.is_floating_point() else 7)
+        spoiled = [x.clone() for x in tensors]
+        copies.put_back_unless(torch.tensor(kept, device=device))
+        for x, other in zip(tensors, spoiled if kept else first, strict=True):
+            assert torch.equal(x.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+
+@pytest.mark.parametrize("rows", [24, 8])
+def test_column_products_in_fp32_both_ways(device: torch.device, rows: int) -> None:
+    """Of 40 columns: of 24 rows by the matrix, of 8 by the rows' inner products."""
+    x = torch.randn(rows, 40, dtype=torch.float64, device=device)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own = x.to(dtype).requires_grad_()
+        diagonal, squares = column_products(own, own, rows)
+        (gradient,) = torch.autograd.grad(diagonal.sum() + squares, own)
+        found.append([part.detach().double() for part in (diagonal, squares, gradient)])
+    matrix = x.T @ x / rows
+    plain = [matrix.diagonal(), (matrix - matrix.diagonal().diag()).square().sum()]
+    torch.testing.assert_close(found[1][:2], plain, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- batch norm, collectives

@@ -176,6 +176,17 @@ def test_both_ways_of_column_products_are_one(same: bool) -> None:
     assert 52 * 52 not in sizes_made(lambda: of_width(40))
 
 
+def test_a_sum_of_squares_is_never_negative() -> None:
+    """One column alone is left, as in a collapse: what is taken out by subtraction is all there is."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = F.pad(torch.randn(16, 1, generator=generator), (0, 39)).requires_grad_()
+        diagonal, squares = column_products(x, x, 15)
+        assert 0 <= squares <= 1e-5 * diagonal.square().sum()
+        (gradient,) = torch.autograd.grad(squares, x)
+        assert gradient.norm() <= 1e-5 * diagonal.norm() * x.norm()
+
+
 # ------------------------------------------------------------------------------------------- what is made, and what is not
 class Sizes(TorchDispatchMode):
     """Collects the number of elements of each tensor that an operation gives."""
