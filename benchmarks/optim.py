@@ -122,8 +122,9 @@ def rows() -> list[Row]:
             require_same(partial(ours, name), partial(theirs, name), parameters)
         steps: dict[str, Callable[[], object]] = {name: ours(name, parameters).step for name in ("lars", "larc", "sgd")}
         steps |= {"timm's Lars": theirs("lars", parameters).step, "torch's SGD": theirs("sgd", parameters).step}
-        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        steps["a += b"] = partial(flat.add_, torch.zeros_like(flat))
+        # Not zeros, whose pages a CPU is not given before it writes to them.
+        flat = torch.ones(sum(p.numel() for p in parameters), device=parameters[0].device)
+        steps["a += b"] = partial(flat.add_, torch.ones_like(flat))
         seconds = measure.interleaved(steps, ROUNDS)
         pass_ = statistics.median(seconds["a += b"]) / 3
         gigabytes = flat.numel() * flat.element_size() / 1e9
