@@ -28,6 +28,7 @@ def differences(cases: list[tuple[str, bool]]) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_step_sends_what_the_formulas_say() -> None:
     for found in on_ranks(2, differences, CASES):
         assert dict(zip(CASES, found, strict=True)) == dict.fromkeys(CASES, ("{}", "{}"))

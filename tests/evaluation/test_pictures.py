@@ -320,6 +320,7 @@ def test_numbers_of_a_logarithmic_axis(value: float, said: str) -> None:
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
 
 
+@pytest.mark.slow
 def test_without_a_display_and_without_matplotlib() -> None:
     script = (
         "import sys\nfrom ssl_pipeline.evaluation import pictures\nfrom ssl_pipeline.exits import BadInput\n"
