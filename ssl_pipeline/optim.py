@@ -168,10 +168,7 @@ class LARS(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             blocks, adapt, decay = self._blocks(group), group["adapt"], group["decay"]
@@ -278,10 +275,7 @@ class LAMB(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             weights: list[Tensor] = []
@@ -332,6 +326,14 @@ class LAMB(torch.optim.Adam):
                 found_inf=found_inf,
             )
         return loss
+
+
+def _evaluated(closure: Any) -> Any:
+    """What torch's optimizers return of a step: the loss that `closure` computes anew, if one is given."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def block_size(device: torch.device) -> int:
