@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,6 +356,18 @@ def test_a_machine_without_a_compiler_is_refused_before_anything_starts(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="compute.compile = default needs the package triton"):
         compute.require_compiler(compute.Options(compile="default"), torch.device("cuda"))
+
+
+def test_a_network_that_cannot_be_built_leaves_no_folder_and_a_start_names_its_options(
+    few_digits: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(BadInput, match="no_such_argument"):
+        pretrain.pretrain(options(few_digits, "backbone.arguments={no_such_argument: 1}"), run)
+    assert not (run / "config.yaml").exists()
+    pretrain.pretrain(options(few_digits, "max_steps=1", STATIC), run)
+    starts = [row for row in map(json.loads, (run / "jobs.jsonl").read_text().splitlines()) if "compute" in row]
+    assert [row["compute"]["static_graph"] for row in starts] == [True]
 
 
 def test_cudnn_searches_unless_results_are_to_be_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
